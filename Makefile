@@ -1,0 +1,30 @@
+# Every target does its own set-up in .venv; `make install` says what it installs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test lint clean
+
+install: $(STAMP)
+
+# Without a GPU a bare `torch` pulls gigabytes of CUDA packages, so the version that has a CPU build at hand goes first.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("caldpo_ray needs Python 3.11 or newer; set PYTHON=python3.12 or the like") if sys.version_info < (3, 11) else None'
+	@echo "Installing into $(VENV): torch first, then caldpo_ray with its test tools (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	@$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+quickstart: install
+	@echo "Quickstart: world -> supervised base -> Cal-DPO and DPO -> figure (about four minutes on two cores)"
+	@$(BIN)/python examples/quickstart/run.py
+
+test: install
+	@echo "Tests: unit tests first, then tests on one local Ray cluster"
+	@$(BIN)/python -m pytest tests
+
+lint: install
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

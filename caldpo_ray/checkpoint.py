@@ -1,0 +1,106 @@
+"""What a checkpoint holds and how it comes back, at the same or another number of workers.
+
+A checkpoint is DeepSpeed's sharded state (`state/`) and `trainer_state.json`: the position in the global order, the identity
+of the run and of its reference. Nothing else is needed: the learning rate and the rows of a step are functions of the step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from caldpo_ray.errors import RunError
+
+TAG = "state"
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Position and identity: `step` optimiser steps are done and `rows` rows were trained on."""
+
+    step: int
+    epoch: int
+    rows: int
+    identity: str
+    reference_key: str | None
+    world_size: int
+    zero_stage: int
+    best_metric: float | None
+
+
+def save(engine: Any, state: TrainerState, folder: Path) -> None:
+    """Write this rank's part of a checkpoint into `folder`; Ray Train merges the ranks' folders."""
+    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    if dist.get_rank() == 0:
+        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
+
+
+def read_state(folder: Path) -> TrainerState:
+    """Raises RunError when the folder is not a checkpoint of ours."""
+    try:
+        return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(
+            f"checkpoint {folder}: {STATE_FILE} cannot be read ({error}); delete this checkpoint to use the one before"
+        ) from None
+
+
+def needs_universal(state: TrainerState, world_size: int, zero_stage: int) -> bool:
+    """Stage 0 keeps whole states on every rank; partitioned states fit only their own number of workers and stage."""
+    return (state.world_size, state.zero_stage) != (world_size, zero_stage) and (state.zero_stage > 0 or zero_stage > 0)
+
+
+def load(engine: Any, folder: Path, universal: bool) -> None:
+    """Put weights and optimiser state back into the engine.
+
+    DeepSpeed's universal loader of ZeRO-3 copies the options of the first parameter group into all; they are put back here.
+    """
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    source = convert_to_universal(folder) if universal else folder
+    loaded, _ = engine.load_checkpoint(str(source), tag=TAG)
+    if loaded is None:
+        raise RunError(f"checkpoint {folder}: DeepSpeed could not load it")
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+
+
+def convert_to_universal(folder: Path) -> Path:
+    """A copy of the checkpoint that loads at any number of workers, made once per node in its temporary folder."""
+    name = f"caldpo-universal-{os.environ.get('TORCHELASTIC_RUN_ID', '')}{abs(hash(str(folder.resolve())))}"
+    target = Path(tempfile.gettempdir()) / name
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and not (target / TAG).exists():
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RunError(f"checkpoint {folder}: cannot be converted for another number of workers: {reason}")
+    dist.barrier()
+    return target
+
+
+def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:
+    """Full weights on the CPU of rank 0, an empty dict elsewhere; ZeRO-3 gathers one parameter at a time."""
+    if zero_stage < 3:
+        return (
+            {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()} if dist.get_rank() == 0 else {}
+        )
+    from deepspeed.zero import GatheredParameters
+
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        with GatheredParameters([parameter]):
+            if dist.get_rank() == 0:
+                weights[name] = parameter.detach().cpu().clone()
+    if dist.get_rank() == 0:
+        weights.update({name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()})
+    return weights

@@ -1,0 +1,71 @@
+"""The command `caldpo`: one verb per function, errors as one message, exit codes 0, 2, 3 and 130."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from caldpo_ray.errors import InputError, RunError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+reference_app = typer.Typer(no_args_is_help=True, help="Fill or tend the reference store.")
+world_app = typer.Typer(no_args_is_help=True, help="The embedded task whose true reward is known.")
+app.add_typer(reference_app, name="reference")
+app.add_typer(world_app, name="world")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.learning_rate=1e-6")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show Ray's and DeepSpeed's own log.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to resume or overwrite an existing run.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Align a model; resumes by itself when the run directory holds a checkpoint."""
+    from caldpo_ray.pipeline import train as run
+
+    run(config, overrides or [], fresh=fresh, verbose=verbose)
+
+
+@world_app.command("create")
+def world_create(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")],
+    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+) -> None:
+    """Write sft.jsonl, train.jsonl, eval.jsonl and model/ (a tokenizer and a config without weights)."""
+    from caldpo_ray.world import create_world
+
+    create_world(directory, seed=seed)
+    typer.echo(f"world in {directory}")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a verb and exit: 0 done, 2 wrong input, 3 failed and resumable, 130 interrupted."""
+    try:
+        code: Any = app(arguments, standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except InputError as error:
+        code = _complain(error, 2)
+    except RunError as error:
+        code = _complain(error, 3)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _complain(RuntimeError("interrupted; the same command resumes the run"), 130)
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        code = 2
+    sys.exit(code or 0)
+
+
+def _complain(error: BaseException, code: int) -> int:
+    typer.echo(f"caldpo: {error}\ncaldpo: exit code {code}", err=True)
+    return code

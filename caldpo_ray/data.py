@@ -1,0 +1,245 @@
+"""The data stage: sources are read, normalised, tokenised and written as a row cache by one Ray Data execution.
+
+It finishes before any model loads, so that the number of rows, the quarantine and `data.max_bad_fraction` are settled. The cache
+is content-addressed: resumes, other objectives and later runs on the same rows find it and read nothing.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import pickle
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from caldpo_ray.config import DataSection, ModelSection
+from caldpo_ray.errors import InputError, find_error
+from caldpo_ray.formats import check_example, get_format, recognise
+from caldpo_ray.models import load_tokenizer
+from caldpo_ray.rows import Part, read_manifest, write_atomically, write_manifest, write_part
+from caldpo_ray.schema import BadRow, RawRecord, Row
+from caldpo_ray.sources import SourceFile, iterate, list_sources
+from caldpo_ray.tokenization import check_tokenizer, row_id, tokenise
+
+VERSION = 1
+ROWS_PER_PART = 1024
+READ_CPUS, TOKENISE_CPUS = 0.25, 0.5
+NUM_SHOWN_REASONS = 8
+
+
+@dataclass(frozen=True)
+class RowCacheFacts:
+    """A finished row cache and what became of the source rows."""
+
+    folder: Path
+    num_rows: int
+    num_bad: int
+    num_truncated: int
+    reasons: dict[str, int]
+    reused: bool
+
+
+def build_rows(source: str, data: DataSection, model: ModelSection, root: Path, min_responses: int) -> RowCacheFacts:
+    """Rows of one source under `root`, made now or found there.
+
+    Rows with fewer than `min_responses` responses are bad rows. Raises InputError when nothing can be read, when no row is
+    usable, or when more than `data.max_bad_fraction` of the rows are bad (with the counts by reason).
+    """
+    tokenizer = load_tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
+    check_tokenizer(tokenizer, needs_chat_template=False)
+    get_format(data.format) if data.format != "auto" else None
+    files = list_sources(source)
+    folder = root / cache_key(files, data, tokenizer, min_responses)
+    reused = (folder / "manifest.json").exists()
+    if not reused:
+        _write_cache(files, data, model, folder, min_responses)
+    manifest = read_manifest(folder)
+    facts = RowCacheFacts(
+        folder, manifest["num_rows"], manifest["num_bad"], manifest["num_truncated"], manifest["reasons"], reused
+    )
+    _require_usable(source, facts, data.max_bad_fraction)
+    return facts
+
+
+def cache_key(files: list[SourceFile], data: DataSection, tokenizer: Any, min_responses: int) -> str:
+    """Digest of everything that decides the tokenised rows."""
+    parts = {
+        "version": VERSION,
+        "files": [(file.path, file.fingerprint) for file in files],
+        "format": data.format,
+        "function": _source_of(data.format) if ":" in data.format else "",
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": data.chat_template or "",
+        "lengths": (data.max_length, data.max_prompt_length, data.truncation),
+        "min_responses": min_responses,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of what a tokenizer does with text, whatever folder it came from."""
+    backend = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    text = json.dumps([backend, str(tokenizer.chat_template), sorted(map(str, tokenizer.special_tokens_map.items()))])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _source_of(format_name: str) -> str:
+    """Source text of the user's module: an edited row function makes other rows."""
+    module = inspect.getmodule(get_format(format_name).args[0])  # type: ignore[attr-defined]
+    return inspect.getsource(module) if module else ""
+
+
+def read_quarantine(folder: Path) -> str:
+    return (folder / "quarantine.jsonl").read_text()
+
+
+def _write_cache(
+    files: list[SourceFile], data: DataSection, model: ModelSection, folder: Path, min_responses: int
+) -> None:
+    """Run the stage into a scratch folder, then publish it whole."""
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    scratch.mkdir(parents=True)
+    try:
+        parts: list[Part] = []
+        reasons: Counter[str] = Counter()
+        truncated = 0
+        with (scratch / "quarantine.jsonl").open("w") as quarantine:
+            for result in _execute(files, data, model, scratch, min_responses):
+                if result["part"]:
+                    parts.append(Part(**result["part"]))
+                truncated += result["num_truncated"]
+                for bad in result["bad"]:
+                    quarantine.write(json.dumps(bad, ensure_ascii=False) + "\n")
+                    reasons[bad["reason"]] += 1
+        num_rows = sum(part.num_rows for part in parts)
+        counts = {
+            "num_rows": num_rows,
+            "num_bad": reasons.total(),
+            "num_truncated": truncated,
+            "reasons": dict(reasons.most_common()),
+        }
+        write_manifest(scratch, parts, {"version": VERSION, **counts})
+        if folder.exists():  # another run published the same rows meanwhile
+            return
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _execute(
+    files: list[SourceFile], data: DataSection, model: ModelSection, folder: Path, min_responses: int
+) -> Iterator[dict[str, Any]]:
+    """One Ray Data execution: files in, parts on disk, one small report per part out."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    placed: dict[str, Any] = {"label_selector": data.label_selector} if data.label_selector else {}
+    tickets = [{"number": number, "file": pickle.dumps(file)} for number, file in enumerate(files)]
+    reports = (
+        ray.data.from_items(tickets, override_num_blocks=len(tickets))
+        .map_batches(_read, batch_size=1, num_cpus=READ_CPUS, **placed)
+        .map_batches(
+            _tokenise_batch,
+            fn_args=(data, model, str(folder), min_responses),
+            batch_size=1,
+            num_cpus=TOKENISE_CPUS,
+            **placed,
+        )
+    )
+    try:
+        for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
+            yield from map(json.loads, batch["report"])
+    except Exception as error:
+        ours = find_error(error)
+        if ours is None:
+            raise
+        raise ours from None
+
+
+def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
+    """Task: stream one file as batches of (line, record). Records travel pickled: their columns fit no common schema."""
+    number, file = int(ticket["number"][0]), pickle.loads(ticket["file"][0])
+    for at, batch in enumerate(iterate(file, ROWS_PER_PART)):
+        order = np.array([[number, at]])
+        yield {"path": [file.path], "order": order, "records": [pickle.dumps(batch)]}
+
+
+def _tokenise_batch(
+    batch: dict[str, npt.NDArray[Any]], data: DataSection, model: ModelSection, folder: str, min_responses: int
+) -> dict[str, Any]:
+    """Task: records to one part on disk; its report is JSON."""
+    tokenizer = _tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
+    path, order = str(batch["path"][0]), (int(batch["order"][0][0]), int(batch["order"][0][1]))
+    rows: list[Row] = []
+    bad: list[dict[str, Any]] = []
+    num_truncated = 0
+    for line, record in pickle.loads(batch["records"][0]):
+        if isinstance(record, BadRow):
+            bad.append(asdict(record))
+            continue
+        try:
+            row, truncated = make_row(record, data, tokenizer, row_id(path, line), min_responses)
+        except InputError:
+            raise
+        except ValueError as error:
+            bad.append({"file": path, "line": line, "reason": str(error)})
+            continue
+        rows.append(row)
+        num_truncated += truncated > 0
+    part = asdict(write_part(Path(folder), rows, order)) if rows else None
+    return {"report": [json.dumps({"part": part, "bad": bad, "num_truncated": num_truncated})]}
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallelism is Ray's
+    return load_tokenizer(path, revision, trust_remote_code)
+
+
+def make_row(record: RawRecord, data: DataSection, tokenizer: Any, name: str, min_responses: int) -> tuple[Row, int]:
+    """One source record as (tokenised row, prompt tokens cut). Raises ValueError with the reason it cannot be used."""
+    form = recognise(record) if data.format == "auto" else data.format
+    example = check_example(get_format(form)(record))
+    if len(example.responses) < min_responses:
+        raise ValueError(f"{len(example.responses)} response, but the objective compares {min_responses} or more")
+    return tokenise(
+        example,
+        tokenizer,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        truncation=data.truncation,
+        chat_template=data.chat_template,
+        row_id=name,
+    )
+
+
+def _require_usable(source: str, facts: RowCacheFacts, max_bad_fraction: float) -> None:
+    total = facts.num_rows + facts.num_bad
+    if total == 0:
+        raise InputError(f"data {source}: holds no rows")
+    if facts.num_bad > max_bad_fraction * total or facts.num_rows == 0:
+        counts = "\n".join(
+            f"  {count:>8}  {reason}" for reason, count in list(facts.reasons.items())[:NUM_SHOWN_REASONS]
+        )
+        raise InputError(
+            f"data {source}: {facts.num_bad} of {total} rows cannot be used, more than data.max_bad_fraction = {max_bad_fraction}"
+            f" allows; counts by reason:\n{counts}"
+        )
+
+
+def write_run_quarantine(facts: list[RowCacheFacts], path: Path) -> None:
+    """The bad rows of this run's sources, beside its metrics."""
+    write_atomically(path, "".join(read_quarantine(fact.folder) for fact in facts))

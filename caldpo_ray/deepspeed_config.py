@@ -1,0 +1,89 @@
+"""From our config to the dictionary that `deepspeed.initialize` reads, and nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from caldpo_ray.config import Config
+from caldpo_ray.errors import InputError
+
+# What the run itself decides; a raw DeepSpeed config may repeat these values but not contradict them.
+OURS = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.micro_batch_tokens",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer and train.learning_rate",
+    "scheduler": "train.lr_scheduler",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype (fp16 overflows for small beta; use bfloat16)",
+    "zero_optimization.stage": "train.deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer": "train.deepspeed.offload_optimizer",
+    "zero_optimization.offload_param": "train.deepspeed.offload_param",
+}
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of one run.
+
+    DeepSpeed sees one micro-batch per step: the loop marks accumulation boundaries itself, since micro-batches vary in
+    number, and divides the loss by the global row count. Raises InputError for a raw config that contradicts ours.
+    """
+    settings = config.train.deepspeed
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if settings.offload_param:
+        zero["offload_param"] = {"device": "cpu"}
+    base = {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.train.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "zero_optimization": zero,
+        # A client torch optimizer needs no C++ compiler; DeepSpeed asks to be told that this is meant.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    return _merged(base, read_raw(config), "")
+
+
+def read_raw(config: Config) -> dict[str, Any]:
+    """`train.deepspeed.config` as a mapping, checked against what the run decides itself."""
+    raw = config.train.deepspeed.config
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(Path(raw).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"train.deepspeed.config = {raw}: cannot be read as JSON ({error})") from None
+    if raw is not None and not isinstance(raw, dict):
+        raise InputError(f"train.deepspeed.config: must be a mapping, found {type(raw).__name__}")
+    zero = config.train.deepspeed
+    if zero.offload_param and zero.zero_stage != 3:
+        raise InputError("train.deepspeed.offload_param needs zero_stage 3: only stage 3 partitions parameters")
+    if zero.offload_optimizer and zero.zero_stage == 0:
+        raise InputError(
+            "train.deepspeed.offload_optimizer needs zero_stage 1, 2 or 3: stage 0 has no partitioned optimizer"
+        )
+    return raw or {}
+
+
+def _merged(base: dict[str, Any], raw: dict[str, Any], prefix: str) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in raw.items():
+        dotted = f"{prefix}{key}"
+        if dotted in OURS and value not in ("auto", base.get(key)):
+            raise InputError(
+                f"train.deepspeed.config: {dotted} = {value!r} is decided by {OURS[dotted]}; set that and remove this"
+            )
+        if value == "auto":
+            continue
+        merged[key] = (
+            _merged(base[key], value, f"{dotted}.")
+            if isinstance(base.get(key), dict) and isinstance(value, dict)
+            else value
+        )
+    return merged

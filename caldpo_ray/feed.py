@@ -1,0 +1,239 @@
+"""The feed: one small actor that cuts the stream of rows into global batches and hands each worker its share.
+
+It owns the global order and the reference log-probs (flat arrays), so batches do not depend on the number of workers, and both
+outlive a restart of the policy group. Rows themselves stay memory-mapped on disk.
+"""
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
+from caldpo_ray.config import Config
+from caldpo_ray.errors import RunError
+from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
+from caldpo_ray.rows import RowCache
+from caldpo_ray.schema import Floats, Row
+
+SplitName = Literal["train", "eval"]
+EVAL_BATCH_ROWS = 256
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that one rank runs together; `reference_logps` is [rows, k] in nats, 0 where a row has fewer responses."""
+
+    rows: list[Row]
+    reference_logps: Floats | None
+    num_head_chunks: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a global batch of `num_rows` rows."""
+
+    micro_batches: list[MicroBatch]
+    num_rows: int
+    waited_reference_seconds: float
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which share: `attempt` fences workers of an older group, `step` counts global batches of the split from 0."""
+
+    attempt: int
+    split: SplitName
+    step: int
+    rank: int
+    world_size: int
+    shared_prefix: bool
+    chunk_positions: int
+
+
+@dataclass
+class Progress:
+    """What the driver shows: the newest metrics line per split and the state of the reference."""
+
+    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    started: bool = False
+    failure: tuple[str, str] | None = None
+    reference: ReferenceProgress | None = None
+
+
+class StaleAttempt(RuntimeError):
+    """A worker of an older group asked; the run goes on without it."""
+
+
+def split_rows(rows: RowCache, eval_source: str | float | None) -> tuple[Indices, Indices]:
+    """(training rows, held-out rows) by number: a second source, or a fraction chosen by the content of each row.
+
+    Equal rows share a digest and so a side.
+    """
+    numbers = np.arange(len(rows))
+    if isinstance(eval_source, str):
+        return numbers[: rows.folder_sizes[0]], numbers[rows.folder_sizes[0] :]
+    if eval_source is None:
+        return numbers, numbers[:0]
+    words = rows.digests()[rows.first_response[:-1]].view(np.uint64)[::2]
+    held_out = words < np.uint64(eval_source * 2**64)
+    return numbers[~held_out], numbers[held_out]
+
+
+def schedules(config: Config, num_train: int, num_eval: int) -> dict[SplitName, Schedule]:
+    """The order of global batches of each split; evaluation reads its rows in their own order."""
+    train = config.train
+    return {
+        "train": Schedule(
+            num_train, train.batch_size, train.epochs, config.run.seed, config.data.shuffle, train.max_steps
+        ),
+        "eval": Schedule(num_eval, EVAL_BATCH_ROWS, 1, config.run.seed, False),
+    }
+
+
+class Feed:
+    """Ray actor (0 CPUs). Restarting it is harmless: every answer is a function of the request, the rows and the store."""
+
+    def __init__(self, config: Config, folders: list[str], job: ReferenceJob | None) -> None:
+        self._config, self._folders, self._job = config, folders, job
+        self._rows = RowCache(folders)
+        train, held_out = split_rows(self._rows, config.data.eval)
+        self._numbers: dict[SplitName, Indices] = {"train": train, "eval": held_out}
+        self._schedules = schedules(config, len(train), len(held_out))
+        counts, first = self._rows.response_counts(), self._rows.first_response
+        self._prompt_lengths = self._rows.prompt_lengths()
+        self._scored_lengths = np.add.reduceat(self._rows.response_lengths(), first[:-1].astype(np.intp))
+        self._counts = counts
+        self._logps = None if job is None else np.full(int(first[-1]), np.nan, np.float32)
+        self._attempt = 0
+        self._orders: dict[tuple[SplitName, int], Indices] = {}
+        self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
+        self._progress = Progress(reference=None if job is None else ReferenceProgress())
+        self._error: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._news = asyncio.Event()
+
+    async def share(self, request: Request) -> Share:
+        """One rank's share of a global batch, as soon as its reference log-probs are known.
+
+        Raises what stopped the reference, and StaleAttempt to workers of an older group.
+        """
+        await self.start()
+        self._admit(request.attempt)
+        numbers = self._batch(request.split, request.step)
+        waited = await self._until_known(numbers)
+        plans = self._plan(request, numbers)
+        micro_batches = [self._micro_batch(numbers, plan) for plan in plans[request.rank]]
+        return Share(micro_batches, len(numbers), waited)
+
+    async def start(self) -> None:
+        """Begin filling the log-probs; the second call does nothing."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            if self._job is not None:
+                threading.Thread(target=self._fill, name="reference", daemon=True).start()
+
+    async def reference_complete(self) -> None:
+        """Return when every log-prob is known and the pool has handed back its devices."""
+        await self.start()
+        await self._until_known(np.concatenate([self._numbers["train"], self._numbers["eval"]]))
+
+    async def record(self, attempt: int, line: dict[str, Any]) -> None:
+        """The newest metrics line, for whoever watches."""
+        self._admit(attempt)
+        self._progress.lines[line["split"]] = line
+
+    async def fail(self, attempt: int, kind: str, message: str) -> None:
+        """Workers stopped for a reason that restarting them would not cure."""
+        self._admit(attempt)
+        self._progress.failure = (kind, message)
+
+    async def progress(self) -> Progress:
+        return self._progress
+
+    def _admit(self, attempt: int) -> None:
+        if attempt < self._attempt:
+            raise StaleAttempt(f"attempt {attempt} was replaced by attempt {self._attempt}")
+        self._attempt = attempt
+        self._progress.started = True
+
+    def _batch(self, split: SplitName, step: int) -> Indices:
+        schedule = self._schedules[split]
+        epoch, place = schedule.position(step)
+        if (split, epoch) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != split or key[1] == epoch - 1}
+            self._orders[split, epoch] = schedule.order(epoch)
+        return self._numbers[split][self._orders[split, epoch][place : place + schedule.batch_size]]
+
+    def _plan(self, request: Request, numbers: Indices) -> list[list[MicroBatchPlan]]:
+        """The cut of one batch, the same object for all ranks."""
+        key = (request.split, request.step, request.world_size, request.shared_prefix, request.chunk_positions)
+        if key not in self._plans:
+            prompts, scored = self._prompt_lengths[numbers], self._scored_lengths[numbers]
+            copies = 1 if request.shared_prefix else self._counts[numbers]
+            lengths = (prompts * copies + scored).tolist()
+            budget = self._config.train.micro_batch_tokens
+            while len(self._plans) >= 8:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = plan_batch(lengths, scored.tolist(), request.world_size, budget, request.chunk_positions)
+        return self._plans[key]
+
+    def _micro_batch(self, numbers: Indices, plan: MicroBatchPlan) -> MicroBatch:
+        chosen = [int(numbers[place]) for place in plan.places]
+        rows = [self._rows[number] for number in chosen]
+        if self._logps is None:
+            return MicroBatch(rows, None, plan.num_head_chunks)
+        logps = np.zeros((len(rows), max((len(row.response_ids) for row in rows), default=0)), np.float32)
+        for at, number in enumerate(chosen):
+            first, last = self._rows.first_response[number], self._rows.first_response[number + 1]
+            logps[at, : last - first] = self._logps[first:last]
+        return MicroBatch(rows, logps, plan.num_head_chunks)
+
+    async def _until_known(self, numbers: Indices) -> float:
+        """Seconds waited until all responses of these rows have reference log-probs."""
+        started = time.monotonic()
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._logps is None or not self._unknown(numbers):
+                return time.monotonic() - started
+            await self._news.wait()
+
+    def _unknown(self, numbers: Indices) -> bool:
+        assert self._logps is not None
+        first, last = self._rows.first_response[numbers], self._rows.first_response[numbers + 1]
+        return any(np.isnan(self._logps[a:b]).any() for a, b in zip(first, last, strict=True))
+
+    def _fill(self) -> None:
+        """Thread: the reference stage, running ahead of training."""
+        assert self._job is not None and self._logps is not None and self._progress.reference is not None
+        try:
+            for responses, logps in reference_logps(
+                self._job, self._folders, self._reference_order(), self._progress.reference
+            ):
+                self._logps[responses] = logps
+                self._announce()
+        except Exception as error:
+            # Whatever stops the reference stops the run: every waiting worker gets the reason.
+            self._error = error if isinstance(error, RunError) else RunError(f"the reference stage stopped: {error}")
+            self._announce()
+
+    def _reference_order(self) -> Indices:
+        """First occurrences only, in training order; held-out rows where the first evaluation needs them."""
+        schedule, train = self._schedules["train"], self._numbers["train"]
+        needed = min(schedule.num_steps, schedule.steps_per_epoch) * schedule.batch_size
+        order = train[schedule.order(0)[:needed]]
+        every = self._config.train.eval_every
+        before = len(order) if every is None else min(len(order), every * schedule.batch_size)
+        return np.concatenate([order[:before], self._numbers["eval"], order[before:]])
+
+    def _announce(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()

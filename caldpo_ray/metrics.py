@@ -1,0 +1,154 @@
+"""What a run reports about its objective, as (sum, count), so that any split of the rows gives the same numbers.
+
+Every row weighs its `row_weights` entry (0 marks padding rows) and shares it equally among its pairs. Sums and counts
+are float64. Units: `rewards/*` are beta·h for objectives with a reference and beta times the mean token log-prob for
+those without (beta counts as 1 where the objective has none); `logratios/*`, `logps/*`, `calibration/error` are nats.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from caldpo_ray.objectives.pairs import Pairs, all_pairs
+from caldpo_ray.objectives.pairwise import f_dpo_clamped
+from caldpo_ray.objectives.registry import Objective, Output
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+NUM_BINS = 15  # of the confidence, from 0.5 to 1
+
+
+@torch.no_grad()
+def preference_metrics(
+    objective: Objective,
+    output: Output,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    lengths: Tensor,
+    response_scores: Tensor | None,
+    row_weights: Tensor,
+) -> Metrics:
+    """{name: (sum, count)} of one batch; inputs as the objective's, [rows, k], and `row_weights` [rows].
+
+    Reference-free objectives have no `logratios/*`; objectives on single responses have only `loss`, their terms,
+    `logps/chosen` and `nll` (per token, over all tokens). Rows without any pair count in `loss` alone.
+    """
+    rows = {"loss": output.losses, **{f"objective/{term}": values for term, values in output.terms.items()}}
+    metrics = {name: _weighted(values, row_weights) for name, values in rows.items()}
+    if objective.min_responses == 1:
+        return metrics | _single_metrics(policy_logps[:, 0], lengths[:, 0], row_weights)
+    pairs = all_pairs(lengths, response_scores)
+    weights = pairs.weights(row_weights)
+    values = _pair_values(objective, pairs, policy_logps, reference_logps, lengths)
+    return metrics | {name: _weighted(value, weights) for name, value in values.items()}
+
+
+@torch.no_grad()
+def calibration_bins(
+    objective: Objective,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    lengths: Tensor,
+    response_scores: Tensor | None,
+    row_weights: Tensor,
+) -> Metrics:
+    """What `calibration/ece` is made of, for held-out pairs: sums [2, bins] of confidence and of outcome, count [bins].
+
+    The model prefers one response of a pair with confidence σ(|reward margin|); the outcome is 1 where that is the
+    chosen one, ½ where the margin is 0. Objectives on single responses have none.
+    """
+    if objective.min_responses == 1:
+        return {}
+    pairs = all_pairs(lengths, response_scores)
+    weights = pairs.weights(row_weights)
+    rewards = _rewards(objective, policy_logps, reference_logps, lengths).double()
+    margins = pairs.take_chosen(rewards) - pairs.take_rejected(rewards)
+    confidence, outcome = torch.sigmoid(margins.abs()), (margins.sign() + 1) / 2
+    bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    sums = margins.new_zeros(2, NUM_BINS).index_add(1, bins, torch.stack([confidence, outcome]) * weights)
+    return {"calibration/ece": (sums, margins.new_zeros(NUM_BINS).index_add(0, bins, weights))}
+
+
+def expected_calibration_error(bins: tuple[Tensor, Tensor]) -> float:
+    """Mean distance between confidence and outcome over the bins, each weighing its count (arXiv 1706.04599, Eq. 3)."""
+    (confidence, outcome), count = bins
+    return float((confidence - outcome).abs().sum() / count.sum())
+
+
+def merge(parts: Iterable[Metrics]) -> Metrics:
+    """The metrics of several batches together."""
+    total: Metrics = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            before = total.get(name)
+            total[name] = (value, count) if before is None else (before[0] + value, before[1] + count)
+    return total
+
+
+def finalise(metrics: Metrics) -> dict[str, float]:
+    """{name: mean}; a metric that no row contributed to is left out."""
+    means = {}
+    for name, (value, count) in metrics.items():
+        if count.sum() > 0:
+            means[name] = expected_calibration_error((value, count)) if count.dim() else float(value / count)
+    return means
+
+
+def _single_metrics(logps: Tensor, lengths: Tensor, row_weights: Tensor) -> Metrics:
+    weights = row_weights.double() * (lengths > 0)
+    return {"logps/chosen": _weighted(logps, weights), "nll": (-(weights * logps).sum(), (weights * lengths).sum())}
+
+
+def _pair_values(
+    objective: Objective, pairs: Pairs, policy_logps: Tensor, reference_logps: Tensor | None, lengths: Tensor
+) -> dict[str, Tensor]:
+    """{name: [pairs]}"""
+    rewards = _rewards(objective, policy_logps, reference_logps, lengths)
+    chosen, rejected = pairs.take_chosen(rewards), pairs.take_rejected(rewards)
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,
+        "logps/chosen": pairs.take_chosen(policy_logps),
+        "logps/rejected": pairs.take_rejected(policy_logps),
+    }
+    if objective.needs_reference and reference_logps is not None:
+        logratios = policy_logps - reference_logps
+        h_w, h_l = pairs.take_chosen(logratios), pairs.take_rejected(logratios)
+        values |= {
+            "logratios/chosen": h_w,
+            "logratios/rejected": h_l,
+            "logratios/margins": h_w - h_l,
+            "logratios/chosen_positive": h_w > 0,
+        }
+        values |= _diagnostics(objective, h_w, h_l, pairs.take_chosen(reference_logps))
+    return values
+
+
+def _diagnostics(objective: Objective, h_w: Tensor, h_l: Tensor, reference_chosen: Tensor) -> dict[str, Tensor]:
+    """How far calibrated objectives are from their target, and where a gradient is exactly zero."""
+    values, target = {}, objective.calibration_target
+    if target is not None:
+        values["calibration/error"] = ((h_w - target).abs() + (h_l + target).abs()) / 2
+        # A log-prob is at most 0, so h_w never exceeds minus the reference's log-prob.
+        values["calibration/reachable"] = target <= -reference_chosen
+    if objective.name in ("slic", "cal_slic"):
+        values["objective/active"] = objective.parameters["beta"] * (h_w - h_l) < 1
+    if objective.name == "f_dpo":
+        divergence, alpha = objective.parameters["divergence"], objective.parameters["alpha"]
+        values["objective/clamped"] = f_dpo_clamped(h_w, h_l, divergence=divergence, alpha=alpha)
+    return values
+
+
+def _rewards(objective: Objective, policy_logps: Tensor, reference_logps: Tensor | None, lengths: Tensor) -> Tensor:
+    """[rows, k]; not finite where a row has no such response."""
+    beta: float = objective.parameters.get("beta", 1.0)
+    if objective.needs_reference and reference_logps is not None:
+        return beta * (policy_logps - reference_logps)
+    return beta * policy_logps / lengths
+
+
+def _weighted(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return (values.double() * weights.double()).sum(), weights.double().sum()

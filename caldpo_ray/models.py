@@ -1,0 +1,187 @@
+"""Models as this project needs them: resolved to one place and one digest, loaded frozen or trainable, saved for Hugging Face.
+
+The policy before its first step is the reference, so both are loaded from the same files by `load_model`. A folder with only
+a config, or a LoRA adapter, is turned into plain weights once (`<run>/init/`), and both sides read those.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caldpo_ray.config import LoraSection, ModelSection
+from caldpo_ray.errors import InputError
+from caldpo_ray.rows import write_atomically
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """Where the weights are and what they are: `path` and `revision` for from_pretrained, `digest` of their content."""
+
+    path: str
+    revision: str | None
+    digest: str
+
+
+def resolve_model(
+    name_or_path: str, revision: str | None, trust_remote_code: bool, init_dir: Path, seed: int, cache: Path
+) -> ResolvedModel:
+    """Find a model's weights, drawing or merging them into `init_dir` where the folder has none of its own.
+
+    Raises InputError for a folder without config, an unknown hub id, or an unreadable file.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return _resolve_hub(name_or_path, revision)
+    if (folder / "adapter_config.json").exists():
+        _write_once(init_dir, lambda target: _merge_adapter(folder, target, trust_remote_code))
+        folder = init_dir
+    elif not (folder / "config.json").exists():
+        raise InputError(f"model.name_or_path {folder}: no config.json; give a Hugging Face model folder or a hub id")
+    elif not _weight_files(folder):
+        _write_once(init_dir, lambda target: _draw_weights(folder, target, seed, trust_remote_code))
+        folder = init_dir
+    return ResolvedModel(str(folder.resolve()), None, _digest_folder(folder, cache))
+
+
+def _resolve_hub(name: str, revision: str | None) -> ResolvedModel:
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if name.startswith(("/", ".", "~")):
+        raise InputError(f"model.name_or_path {name}: no such folder")
+    try:
+        commit = model_info(name, revision=revision, timeout=20).sha
+    except HFValidationError:
+        raise InputError(
+            f"model.name_or_path {name}: neither a folder nor a hub id of the form organisation/name"
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(f"model.name_or_path {name}: the hub has no such model or refuses access: {error}") from None
+    except OSError as error:
+        commit = _cached_commit(name, revision)
+        if commit is None:
+            reason = type(error).__name__
+            raise InputError(
+                f"model.name_or_path {name}: no such folder here, and the hub cannot be reached ({reason}); give a local folder"
+            ) from None
+    return ResolvedModel(name, commit, f"hub:{name}@{commit}")
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model downloaded earlier, for hosts without network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
+
+
+def _digest_folder(folder: Path, cache: Path) -> str:
+    """Digest of config and weights by content; a file's digest is remembered by path, size and time of change."""
+    known: dict[str, str] = json.loads(cache.read_text()) if cache.exists() else {}
+    settings = {
+        k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in VOLATILE_CONFIG_KEYS
+    }
+    total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for path in _weight_files(folder):
+        facts = path.stat()
+        name = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+        if name not in known:
+            with path.open("rb") as file:
+                known[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(known[name].encode())
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(cache, json.dumps(known, indent=1))
+    return total.hexdigest()
+
+
+def _write_once(target: Path, write: Any) -> None:
+    """Fill a folder completely or not at all; a finished one is kept."""
+    if not target.exists():
+        scratch = target.with_name(f".{target.name}.unfinished")
+        write(scratch)
+        scratch.rename(target)
+
+
+def _draw_weights(folder: Path, target: Path, seed: int, trust_remote_code: bool) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.save_pretrained(target)
+    load_tokenizer(str(folder), None, trust_remote_code).save_pretrained(target)
+
+
+def _merge_adapter(folder: Path, target: Path, trust_remote_code: bool) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model.merge_and_unload().save_pretrained(target)
+    load_tokenizer(str(folder), None, trust_remote_code).save_pretrained(target)
+
+
+def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder or hub id. Raises InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model.name_or_path {path}: no usable tokenizer ({reason}); save one beside the model"
+        ) from None
+
+
+def load_model(model: ModelSection, dtype: str) -> Any:
+    """The causal LM in eval mode with dropout off, LoRA not applied. Raises InputError naming what is broken."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from caldpo_ray.scoring import disable_dropout
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": model.trust_remote_code}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model.name_or_path, revision=model.revision, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model.name_or_path {model.name_or_path}: cannot be loaded as a causal language model: {reason}"
+        ) from None
+    loaded.config.use_cache = False
+    disable_dropout(loaded)
+    return loaded.eval()
+
+
+def add_lora(model: Any, lora: LoraSection, seed: int) -> Any:
+    """Wrap the model with a fresh adapter that has no effect yet, so that the base stays the reference."""
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.target_modules,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+        task_type=TaskType.CAUSAL_LM,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, settings)
+        except ValueError as error:
+            raise InputError(f"model.lora.target_modules = {lora.target_modules!r}: {error}") from None

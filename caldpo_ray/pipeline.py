@@ -1,0 +1,275 @@
+"""The whole run in order: data -> reference -> feed -> training -> evaluation. The file to read first.
+
+Every stage knows its own input; only this module knows their order. `train` returns when the model lies in the run directory.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import caldpo_ray
+from caldpo_ray.config import Config, load_config
+from caldpo_ray.data import RowCacheFacts, build_rows, write_run_quarantine
+from caldpo_ray.errors import InputError, RunError, find_error
+from caldpo_ray.feed import Feed, schedules, split_rows
+from caldpo_ray.model_card import write_model_card
+from caldpo_ray.models import ResolvedModel, load_tokenizer, resolve_model
+from caldpo_ray.objectives import get_objective
+from caldpo_ray.placement import require_placeable
+from caldpo_ray.progress import Watcher, say
+from caldpo_ray.reference import ReferenceJob, reference_model, require_same_tokens
+from caldpo_ray.rows import RowCache, write_atomically
+from caldpo_ray.run_dir import RunDir, changed_execution_keys, identity_digest, open_run_dir, read_metrics
+from caldpo_ray.store import ReferenceStore, store_key
+
+CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything the data and reference stages settled before the first worker starts."""
+
+    config: Config
+    run: RunDir
+    policy: ResolvedModel
+    job: ReferenceJob | None
+    reference_key: str | None
+    facts: list[RowCacheFacts]
+    num_train: int
+    num_eval: int
+
+    @property
+    def folders(self) -> list[str]:
+        return [str(fact.folder) for fact in self.facts]
+
+
+def train(
+    config: Config | str | Path, overrides: Sequence[str] = (), fresh: bool = False, verbose: bool = False
+) -> RunDir:
+    """Run one training to its end, or resume it; returns the run directory.
+
+    Raises InputError when the input is wrong (exit code 2) and RunError when the run stopped and can be resumed (3).
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    identity = identity_digest(config)
+    changes = changed_execution_keys(config, RunDir(Path(config.run_dir)))
+    run = open_run_dir(config, fresh)
+    if run.read_status().get("state") == "complete":
+        say(f"{run.path}: this run is complete; its model is in {run.model}")
+        return run
+    for change in changes:
+        say(f"changed since the last attempt: {change}")
+    run.write_status("running", None, "", identity)
+    try:
+        prepared = prepare(config, run, verbose)
+        fit(prepared)
+        finish(prepared)
+    except KeyboardInterrupt:
+        run.write_status("interrupted", 130, "stopped by the user; the same command resumes it", identity)
+        raise
+    except (InputError, RunError) as error:
+        run.write_status("failed", 2 if isinstance(error, InputError) else 3, str(error), identity)
+        raise
+    run.write_status("complete", 0, "", identity)
+    return run
+
+
+def prepare(config: Config, run: RunDir, verbose: bool) -> Prepared:
+    """Models resolved, rows tokenised, store opened, resources checked."""
+    objective = get_objective(**config.objective.model_dump())
+    say(objective.describe())
+    connect(verbose)
+    cache = Path(config.run.output_dir).absolute() / ".cache"
+    policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
+    model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
+    sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
+    facts = [build_rows(source, config.data, model, cache / "rows", objective.min_responses) for source in sources]
+    write_run_quarantine(facts, run.quarantine)
+    for source, fact in zip(sources, facts, strict=True):
+        reused = ", tokenised earlier" if fact.reused else ""
+        say(f"data: {fact.num_rows} rows from {source} ({fact.num_bad} bad, {fact.num_truncated} prompts cut{reused})")
+    train_rows, eval_rows = split_rows(RowCache([fact.folder for fact in facts]), config.data.eval)
+    if not len(train_rows):
+        raise InputError(f"data.eval = {config.data.eval}: holds out every row; lower it")
+    job = _reference_job(config, run, policy, cache) if objective.needs_reference else None
+    key = job.store.folder.name if job is not None and job.store is not None else None
+    return Prepared(config, run, policy, job, key, facts, len(train_rows), len(eval_rows))
+
+
+def connect(verbose: bool) -> None:
+    """Join the cluster this process belongs to, or start a local one."""
+    import logging
+
+    import ray
+
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_SECONDS)
+    if not ray.is_initialized():
+        level = logging.INFO if verbose else logging.ERROR
+        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _resolve(config: Config, name: str, revision: str | None, init: Path, cache: Path) -> ResolvedModel:
+    model = config.model
+    return resolve_model(name, revision, model.trust_remote_code, init, config.run.seed, cache / "weights.json")
+
+
+def _reference_job(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ReferenceJob:
+    """The frozen model: the policy before its first step, or the one named in the config."""
+    settings, model = config.reference, config.model
+    frozen = policy
+    if settings.name_or_path is not None:
+        frozen = _resolve(config, settings.name_or_path, settings.revision, run.path / "reference_init", cache)
+        trusted = model.trust_remote_code
+        own = load_tokenizer(policy.path, policy.revision, trusted)
+        require_same_tokens(own, load_tokenizer(frozen.path, frozen.revision, trusted), settings.name_or_path)
+    dtype = settings.dtype or model.dtype
+    store = None
+    if settings.store is not None:
+        key = store_key(frozen.digest, dtype)
+        facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.digest, "dtype": dtype}
+        store = ReferenceStore.create(Path(settings.store).absolute(), key, facts)
+    return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), dtype, settings, store)
+
+
+def fit(prepared: Prepared) -> None:
+    """Feed, reference pool and policy workers, until the last step is exported."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from caldpo_ray.training import is_minimised, train_loop_per_worker
+
+    config, run = prepared.config, prepared.run
+    side_by_side = require_placeable(config, prepared.job is not None)
+    write_manifest(prepared)
+    feed = (
+        ray.remote(Feed)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .remote(config, prepared.folders, prepared.job)
+    )
+    ray.get(feed.start.remote())
+    if not side_by_side:
+        say("the cluster has no room for policy and reference at once: the reference fills its store first")
+        _get(feed.reference_complete.remote())
+    scaling = ScalingConfig(
+        num_workers=config.train.num_workers,
+        use_gpu=config.train.use_gpu,
+        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
+        label_selector=config.train.label_selector,
+    )
+    ranked = {}
+    if prepared.num_eval:
+        metric = config.train.best_metric
+        ranked = {
+            "checkpoint_score_attribute": metric,
+            "checkpoint_score_order": "min" if is_minimised(metric) else "max",
+        }
+    trainer = TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config=worker_settings(prepared, feed),
+        torch_config=TorchConfig(backend="nccl" if config.train.use_gpu and _has_cuda() else "gloo"),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(run.path),
+            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints, **ranked),
+        ),
+    )
+    num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
+    with Watcher(feed, num_steps):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise find_error(error) or RunError(f"training stopped: {_last_line(error)}") from error
+    failure = ray.get(feed.progress.remote()).failure
+    ray.kill(feed)
+    if failure is not None:
+        kind, message = failure
+        raise (InputError if kind == InputError.__name__ else RunError)(message)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _get(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except Exception as error:
+        raise find_error(error) or error from None
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
+    """The one dictionary that a policy worker gets."""
+    config = prepared.config
+    model = config.model.model_copy(update={"name_or_path": prepared.policy.path, "revision": prepared.policy.revision})
+    return {
+        "config": config.model_dump(mode="json"),
+        "model": model.model_dump(mode="json"),
+        "run_dir": str(prepared.run.path),
+        "feed": feed,
+        "identity": identity_digest(config),
+        "reference_key": prepared.reference_key,
+        "policy_is_reference": config.reference.name_or_path is None
+        and config.reference.dtype in (None, config.model.dtype),
+        "num_train": prepared.num_train,
+        "num_eval": prepared.num_eval,
+    }
+
+
+def write_manifest(prepared: Prepared) -> None:
+    """What this run was trained on and against: versions, digests, store key."""
+    from importlib.metadata import version
+
+    packages = ("caldpo-ray", "ray", "torch", "transformers", "deepspeed", "peft")
+    facts = {
+        "versions": {name: version(name) for name in packages},
+        "policy": {"path": prepared.config.model.name_or_path, "digest": prepared.policy.digest},
+        "reference": None
+        if prepared.job is None
+        else {"path": prepared.job.model.name_or_path, "key": prepared.reference_key},
+        "rows": [{"cache": fact.folder.name, "rows": fact.num_rows, "bad": fact.num_bad} for fact in prepared.facts],
+        "train_rows": prepared.num_train,
+        "eval_rows": prepared.num_eval,
+        "objective": prepared.config.objective.model_dump(mode="json"),
+        "identity": identity_digest(prepared.config),
+    }
+    write_atomically(prepared.run.manifest, json.dumps(facts, indent=1))
+
+
+def finish(prepared: Prepared) -> None:
+    """Tokenizer and card beside the weights; the last evaluation as `eval.json`."""
+    run, config = prepared.run, prepared.config
+    tokenizer = load_tokenizer(prepared.policy.path, prepared.policy.revision, config.model.trust_remote_code)
+    lines = read_metrics(run.metrics)
+    evaluations = [line for line in lines if line["split"] == "eval"]
+    for folder in (run.model, run.best):
+        if folder.exists():
+            tokenizer.save_pretrained(folder)
+            write_model_card(
+                folder, config, json.loads(run.manifest.read_text()), evaluations[-1] if evaluations else None
+            )
+    if evaluations:
+        write_atomically(run.eval, json.dumps(evaluations[-1], indent=1))
+    say(f"done: model in {run.model}")
+
+
+def stamp() -> str:
+    return f"{caldpo_ray.__version__} {time.strftime('%Y-%m-%d')}"

@@ -1,0 +1,123 @@
+"""Do the workers and reference actors fit this cluster? Asked before anything starts, because Ray itself waits for ever."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from caldpo_ray.config import Config
+from caldpo_ray.errors import InputError
+
+Resources = dict[str, float]
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one process needs, and the label its node must carry."""
+
+    role: str
+    resources: Resources
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    resources: Resources
+    labels: dict[str, str]
+
+
+def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[Bundle]]:
+    """(policy workers, reference actors) as bundles; a pool counts with its smallest size."""
+    train, reference = config.train, config.reference
+    policy = {"CPU": train.num_cpus_per_worker, "GPU": 1.0 if train.use_gpu else 0.0}
+    workers = [Bundle("policy worker", policy, train.label_selector or {})] * train.num_workers
+    if not needs_reference:
+        return workers, []
+    actors = reference.num_actors[0] if isinstance(reference.num_actors, tuple) else reference.num_actors
+    frozen = {"CPU": reference.num_cpus_per_actor, "GPU": reference.num_gpus_per_actor}
+    return workers, [Bundle("reference actor", frozen, reference.label_selector or {})] * actors
+
+
+def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
+    """The first bundle that fits nowhere when all are placed largest first, or None."""
+    free = [dict(node.resources) for node in nodes]
+    for bundle in sorted(wanted, key=lambda b: (-b.resources["GPU"], -len(b.labels), -b.resources["CPU"])):
+        for node, left in zip(nodes, free, strict=True):
+            if _matches(bundle.labels, node.labels) and all(
+                left.get(k, 0.0) >= v - 1e-9 for k, v in bundle.resources.items()
+            ):
+                for key, amount in bundle.resources.items():
+                    left[key] = left.get(key, 0.0) - amount
+                break
+        else:
+            return bundle
+    return None
+
+
+def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    """Ray's label selectors: a value, !value, in(a,b), !in(a,b)."""
+    return all(_admits(rule, labels.get(key)) for key, rule in selector.items())
+
+
+def _admits(rule: str, value: str | None) -> bool:
+    if rule.startswith("!"):
+        return not _admits(rule[1:], value)
+    if rule.startswith("in(") and rule.endswith(")"):
+        return value in [choice.strip() for choice in rule[3:-1].split(",")]
+    return value == rule
+
+
+def live_nodes() -> list[Node]:
+    import ray
+
+    return [Node(n["NodeManagerAddress"], n["Resources"], n.get("Labels", {})) for n in ray.nodes() if n["Alive"]]
+
+
+def require_placeable(config: Config, needs_reference: bool) -> bool:
+    """Wait, at most `train.placement_timeout_seconds`, until the cluster is large enough.
+
+    Returns whether policy and reference fit side by side; if only one after the other does, the reference must fill the
+    store first. Raises InputError naming the process that fits nowhere, what it needs, and what the nodes have.
+    """
+    workers, actors = bundles(config, needs_reference)
+    deadline = time.monotonic() + config.train.placement_timeout_seconds
+    announced = False
+    while True:
+        nodes = live_nodes()
+        if unplaced([*workers, *actors], nodes) is None:
+            return True
+        in_turn = unplaced(workers, nodes) or unplaced(actors, nodes)
+        if in_turn is None and config.reference.store is not None:
+            return False
+        missing = in_turn or unplaced([*workers, *actors], nodes)
+        assert missing is not None
+        if time.monotonic() > deadline:
+            raise InputError(_explain(missing, config, nodes, alone=in_turn is not None))
+        if not announced:
+            print(
+                f"waiting up to {config.train.placement_timeout_seconds:.0f} s for the cluster to have room for a {missing.role}",
+                flush=True,
+            )
+            announced = True
+        time.sleep(POLL_SECONDS)
+
+
+def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
+    needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount)
+    label = f" on a node labelled {bundle.labels}" if bundle.labels else ""
+    count = config.train.num_workers if bundle.role == "policy worker" else config.reference.num_actors
+    listed = "; ".join(
+        f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU, labels {_own_labels(node.labels)}"
+        for node in nodes
+    )
+    beside = "" if alone else " beside the policy workers (reference.store=null needs both at once)"
+    keys = "train.num_workers, train.use_gpu, train.num_cpus_per_worker or train.label_selector"
+    if bundle.role == "reference actor":
+        keys = "reference.num_actors, .num_gpus_per_actor, .num_cpus_per_actor, .label_selector or .store"
+    return f"resources: a {bundle.role} ({count} wanted) needs {needs or 'nothing'}{label}{beside} and fits on no node ({listed}); change {keys}"
+
+
+def _own_labels(labels: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in labels.items() if not key.startswith("ray.io/")}

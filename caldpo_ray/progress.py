@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on: one live line, or one plain line now and then where there is no terminal."""
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+PLAIN_SECONDS = 15.0
+POLL_SECONDS = 0.5
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal or in the job's log."""
+    print(message, flush=True)
+
+
+class Watcher:
+    """Shows the newest metrics while the body of the `with` statement runs."""
+
+    def __init__(self, feed: Any, num_steps: int) -> None:
+        self._feed, self._num_steps = feed, num_steps
+        self._stop = threading.Event()
+        self._started = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> "Watcher":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        live = sys.stdout.isatty()
+        shown, last_plain = "", -PLAIN_SECONDS
+        while not self._stop.wait(POLL_SECONDS):
+            text = self._text()
+            if live:
+                sys.stdout.write(f"\r\x1b[2K{text}")
+                sys.stdout.flush()
+            elif text != shown and time.monotonic() - last_plain >= PLAIN_SECONDS:
+                say(text)
+                shown, last_plain = text, time.monotonic()
+        text = self._text()
+        if live:
+            sys.stdout.write("\r\x1b[2K")
+        if text != shown:
+            say(text)
+
+    def _text(self) -> str:
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            progress = ray.get(self._feed.progress.remote(), timeout=5)
+        except RayError:
+            return "the feed is starting again"
+        line = progress.lines.get("train")
+        if line is None:
+            reference = progress.reference
+            scored = (
+                f"; reference {reference.joined} joined, {reference.scored} scored of {reference.wanted}"
+                if reference
+                else ""
+            )
+            state = "first step" if progress.started else "starting workers"
+            return f"{time.monotonic() - self._started:4.0f} s  {state}{scored}"
+        return self._step_text(line)
+
+    def _step_text(self, line: dict[str, Any]) -> str:
+        step, now = line["step"], time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        done, seconds = step - self._first[0], now - self._first[1]
+        eta = f"{seconds / done * (self._num_steps - step):.0f} s" if done else "?"
+        parts = [f"step {step}/{self._num_steps}", f"loss {line['loss']:.4g}"]
+        for name, key in (("h_w", "logratios/chosen"), ("h_l", "logratios/rejected"), ("margin", "logratios/margins")):
+            if key in line:
+                parts.append(f"{name} {line[key]:+.2f}")
+        if "rewards/accuracies" in line:
+            parts.append(f"acc {line['rewards/accuracies']:.2f}")
+        unit = "pairs" if "rewards/accuracies" in line else "rows"
+        return "  ".join(
+            [*parts, f"{line['pairs_per_second']:.0f} {unit}/s", f"{line['tokens_per_second']:.0f} tok/s", f"ETA {eta}"]
+        )

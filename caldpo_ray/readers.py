@@ -1,0 +1,245 @@
+"""What is in a file: records of JSON lines, JSON lists, CSV and Parquet, each with its line, or why it is none.
+
+Every reader streams: it holds one record (at most 64 MB of text) or, for Parquet, one row group. What spoils a record
+costs that record; InputError is raised where the file as a whole cannot be understood. Broken compression and broken
+Parquet surface as Arrow's own errors (OSError, ArrowException).
+"""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from caldpo_ray.errors import InputError
+from caldpo_ray.schema import RawRecord
+
+Kind = Literal["jsonl", "json", "csv", "parquet"]
+Compression = Literal["gzip", "zstd"]
+Reason = str  # why a record cannot be used
+Records = Iterator[tuple[int, RawRecord | Reason]]
+
+MAX_RECORD = 64 * 2**20  # bytes of a line, characters of a JSON list element or a CSV field
+_CHUNK = 2**16
+_BOM = b"\xef\xbb\xbf"
+
+
+def read(file: io.RawIOBase, kind: Kind, compression: Compression | None, path: str) -> Records:
+    """The records of an open file; ``path`` is what messages call it.
+
+    The number beside a record is the physical line on which it begins (jsonl, csv) or its own number (JSON lists,
+    Parquet), both from 1. Blank lines are skipped, a UTF-8 byte order mark is tolerated.
+    """
+    if kind == "parquet":
+        yield from _parquet(file, path)
+        return
+    # Arrow's decompressor notices a truncated file; that of the zstandard package does not.
+    with io.BufferedReader(pa.input_stream(file, compression=compression), _CHUNK) as stream:
+        yield from _TEXT_READERS[kind](stream, path)
+
+
+def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, str | None]]:
+    """Physical lines with their numbers; None in place of a line that is too long.
+
+    Invalid UTF-8 becomes lone surrogates, which ``_not_utf8`` finds, so that it costs one record and not the file.
+    """
+    for number in itertools.count(1):
+        line = stream.readline(MAX_RECORD + 1)
+        if not line:
+            return
+        if number == 1:
+            line = line.removeprefix(_BOM)
+        if len(line) > MAX_RECORD:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_CHUNK)
+            yield number, None
+        else:
+            yield number, line.decode("utf-8", "surrogateescape")
+
+
+_TOO_LONG = f"line longer than {MAX_RECORD >> 20} MB"
+
+
+def _not_utf8(text: str) -> Reason | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"not UTF-8: byte 0x{ord(text[error.start]) & 0xFF:02x} at character {error.start + 1}"
+    return None
+
+
+def _object(value: object, text: str) -> RawRecord | Reason:
+    """``value``, decoded from ``text``, if it is an object whose strings are valid Unicode."""
+    if not isinstance(value, dict):
+        return f"not a JSON object but {_JSON_NAMES[type(value)]}"
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return f"escape \\u{ord(error.object[error.start]):04x} is half a surrogate pair, which no text can hold"
+    return value
+
+
+_JSON_NAMES: dict[type, str] = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+def _jsonl(stream: io.BufferedReader, path: str) -> Records:
+    for number, line in _lines(stream):
+        if line is None:
+            yield number, _TOO_LONG
+        elif line.strip():
+            yield number, _not_utf8(line) or _json_line(line)
+
+
+def _json_line(line: str) -> RawRecord | Reason:
+    try:
+        return _object(json.loads(line.rstrip()), line)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at character {error.pos + 1}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        return f"not JSON: {error}"
+
+
+def _json(stream: io.BufferedReader, path: str) -> Records:
+    """A list of objects, or JSON lines under the name .json, as hub datasets have them."""
+    head = stream.peek(1).removeprefix(_BOM).lstrip()
+    if head.startswith(b"["):
+        if not head[1:].lstrip().startswith(b"]"):
+            yield from _json_list(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), path)
+        return
+    first, newline, _ = head.partition(b"\n")
+    if newline and first.rstrip().endswith((b"{", b"[", b",")):
+        rule = "a .json file is a list of objects, or one object per line"
+        raise InputError(f"{path}: one object over several lines; {rule}; take the list of records out of it")
+    yield from _jsonl(stream, path)
+
+
+def _json_list(text: TextIO, path: str) -> Records:
+    """Elements of a JSON list, decoded one by one: the whole list never exists in memory."""
+    buffer = text.read(_CHUNK)
+    at, line, number = buffer.index("[") + 1, 1, 1
+    while True:
+        try:
+            value, source, end = _element(buffer, at)
+        except (ValueError, IndexError, RecursionError) as error:
+            more = text.read(max(_CHUNK, len(buffer) - at)) if len(buffer) - at <= MAX_RECORD else ""
+            if not more:  # the file ends inside the element, or the element is wrong wherever it ends
+                line += error.lineno - 1 if isinstance(error, json.JSONDecodeError) else buffer.count("\n")
+                rule = f"cut off, not JSON or longer than {MAX_RECORD >> 20} MB"
+                raise InputError(f"{path}: record {number}, line {line}: {rule}; mend it or write it again") from error
+            line += buffer.count("\n", 0, at)
+            buffer, at = buffer[at:] + more, 0
+            continue
+        yield number, _not_utf8(source) or _object(value, source)
+        if buffer[end - 1] == "]":
+            break
+        at, number = end, number + 1
+    if (buffer[end:] + text.read(_CHUNK)).strip():
+        raise InputError(f"{path}: text after the list, which ends with record {number}; a .json file is one list")
+
+
+_decode = json.JSONDecoder().raw_decode
+
+
+def _skip_spaces(buffer: str, at: int) -> int:
+    while buffer[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _element(buffer: str, at: int) -> tuple[Any, str, int]:
+    """The list element that begins at ``at``, its source text, and where the next one begins.
+
+    Raises ValueError or IndexError if the buffer ends before the delimiter that follows the element.
+    """
+    start = _skip_spaces(buffer, at)
+    value, end = _decode(buffer, start)
+    delimiter = _skip_spaces(buffer, end)
+    if buffer[delimiter] not in ",]":
+        raise json.JSONDecodeError("Expecting ',' delimiter", buffer, delimiter)
+    return value, buffer[start:end], delimiter + 1
+
+
+def _csv(stream: io.BufferedReader, path: str) -> Records:
+    """Records under the names of the header; every value is a string."""
+    csv.field_size_limit(MAX_RECORD)
+    line = 0  # the reader's own count misses a line that is too long
+
+    def content(numbered: tuple[int, str | None]) -> str:
+        nonlocal line
+        line, text = numbered
+        if text is None:
+            raise csv.Error(_TOO_LONG)
+        return text
+
+    # Strict, so that a quote that is never closed is an error and not one record with the rest of the file in it.
+    reader = csv.reader(map(content, _lines(stream)), strict=True)
+    header: list[str] | None = None
+    while True:
+        first = line + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if header is None or line > first:  # where the next record begins is known only after a record of one line
+                raise InputError(f"{path}: not CSV from line {first} on ({error}); check the quotes") from error
+            yield first, f"not CSV: {error}"
+            continue
+        if not fields:  # a blank line
+            continue
+        reason = _not_utf8("".join(fields))
+        if header is None:
+            header = _header(fields, reason, path)
+        elif len(fields) != len(header):
+            yield first, f"{len(fields)} fields where the header has {len(header)}"
+        else:
+            yield first, reason or dict(zip(header, fields, strict=True))
+
+
+def _header(names: list[str], reason: Reason | None, path: str) -> list[str]:
+    if reason is None and len(set(names)) < len(names):
+        reason = "a column name occurs twice"
+    if reason is not None:
+        raise InputError(f"{path}: {reason} in the header; the first line of a CSV file names its columns")
+    return names
+
+
+_TEXT_READERS: dict[Kind, Callable[[io.BufferedReader, str], Records]] = {"jsonl": _jsonl, "json": _json, "csv": _csv}
+
+
+def _parquet(file: io.RawIOBase, path: str) -> Records:
+    try:
+        file.seek(0, io.SEEK_END)
+    except ValueError as error:  # an HTTP server without range requests
+        raise InputError(f"{path}: Parquet needs a server that serves ranges; download the file first") from error
+    table = pq.ParquetFile(file)
+    numbers = itertools.count(1)
+    for group in range(table.num_row_groups):
+        for batch in table.iter_batches(_PARQUET_BATCH, row_groups=[group]):
+            for record in _parquet_records(batch):
+                yield next(numbers), record
+
+
+_PARQUET_BATCH = 256
+
+
+def _parquet_records(batch: pa.RecordBatch) -> list[RawRecord | Reason]:
+    try:
+        records: list[RawRecord | Reason] = batch.to_pylist()
+        return records
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return ["not UTF-8 in a text column"]
+        return [record for i in range(len(batch)) for record in _parquet_records(batch.slice(i, 1))]

@@ -1,0 +1,231 @@
+"""The frozen reference model: a pool of Ray Data actors that serve log-probs, joined through the store.
+
+`reference_logps` yields what the store knows first and then what the pool scores, in the order asked for, and remembers
+every new value. The reference never sees policy weights and training never holds the reference model.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
+from caldpo_ray.config import ModelSection, ReferenceSection
+from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.rows import RowCache
+from caldpo_ray.schema import Floats
+from caldpo_ray.store import Digests, ReferenceStore, join
+
+ROWS_PER_REQUEST = 64
+FLUSH_RESPONSES, FLUSH_SECONDS = 4096, 30.0
+NUM_PROBES = 4
+MAX_ACTOR_RESTARTS = 20
+
+
+@dataclass(frozen=True)
+class ReferenceJob:
+    """What is scored by which frozen model, and where the answers are kept (None: nowhere)."""
+
+    model: ModelSection
+    dtype: str
+    settings: ReferenceSection
+    store: ReferenceStore | None
+
+
+class ReferenceScorer:
+    """One actor of the pool: the frozen model on its own device, answering with summed log-probs."""
+
+    def __init__(self, job: ReferenceJob, folders: list[str]) -> None:
+        import torch
+
+        from caldpo_ray.models import load_model
+        from caldpo_ray.scoring import ResponseScorer, choose_layout
+
+        torch.set_num_threads(max(1, int(job.settings.num_cpus_per_actor)))
+        self._rows = RowCache(folders)
+        self._batch_tokens = job.settings.batch_tokens
+        device = torch.device("cuda" if job.settings.num_gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
+        model = load_model(job.model, job.dtype).to(device)
+        self._vocab_size = model.config.get_text_config().vocab_size
+        self._scorer = ResponseScorer(model, pad_id=0)
+        self._scorer.layout = choose_layout(self._scorer).layout
+
+    def __call__(self, request: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Rows asked for by number; one answer per response: its flat number, and its log-prob in nats."""
+        from caldpo_ray.scoring import score_rows
+
+        numbers = [int(number) for number in request["data"]]
+        rows = [self._rows[number] for number in numbers]
+        lengths, scored = [row.num_tokens for row in rows], [sum(map(len, row.response_ids)) for row in rows]
+        chunk = head_chunk_positions(self._vocab_size)
+        responses: list[int] = []
+        logps: list[float] = []
+        for plan in plan_batch(lengths, scored, 1, self._batch_tokens, chunk)[0]:
+            sums = score_rows(self._scorer, [rows[place] for place in plan.places], plan.num_head_chunks)
+            for place, values in zip(plan.places, sums, strict=True):
+                first, count = int(self._rows.first_response[numbers[place]]), len(rows[place].response_ids)
+                responses += range(first, first + count)
+                logps += values[:count].tolist()
+        return {"response": np.array(responses, np.int64), "logp": np.array(logps, np.float32)}
+
+
+@dataclass
+class ReferenceProgress:
+    """Counts of responses, for the reader of the log: how many the store knew, how many the model scored."""
+
+    wanted: int = 0
+    joined: int = 0
+    scored: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Writer:
+    """Collects new answers and appends them to the store in parts worth writing."""
+
+    store: ReferenceStore | None
+    digests: Digests
+    lengths: npt.NDArray[np.int32]
+    pending: list[tuple[Indices, Floats]] = field(default_factory=list)
+    last_flush: float = field(default_factory=time.monotonic)
+
+    def add(self, responses: Indices, logps: Floats) -> None:
+        self.pending.append((responses, logps))
+        count = sum(len(part) for part, _ in self.pending)
+        if count >= FLUSH_RESPONSES or time.monotonic() - self.last_flush > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.store is not None and self.pending:
+            responses = np.concatenate([part for part, _ in self.pending])
+            logps = np.concatenate([part for _, part in self.pending])
+            self.store.append(self.digests[responses], logps, self.lengths[responses])
+        self.pending = []
+        self.last_flush = time.monotonic()
+
+
+def reference_logps(
+    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress
+) -> Iterator[tuple[Indices, Floats]]:
+    """Yield (flat response numbers, log-probs in nats) until every row of `order` is answered.
+
+    What the store holds comes first, all at once; the rest is scored in the order given by one dataset execution. A pool that
+    is loaded anyway re-scores a few stored rows. Raises RunError when they differ or a log-prob is not finite.
+    """
+    rows = RowCache(folders)
+    digests = rows.digests()
+    known = np.full(len(digests), np.nan, np.float32)
+    if job.store is not None:
+        known = join(digests, *job.store.load())
+    wanted = _responses_of(rows, order)
+    hit = wanted[~np.isnan(known[wanted])]
+    progress.wanted, progress.joined = len(wanted), len(hit)
+    if len(hit):
+        yield hit, known[hit]
+    complete = (
+        np.add.reduceat(np.isnan(known), rows.first_response[:-1].astype(np.intp)) == 0
+        if len(rows)
+        else np.empty(0, bool)
+    )
+    missing = order[~complete[order]]
+    if not len(missing):
+        return
+    probes = order[complete[order]][:NUM_PROBES]
+    writer = _Writer(job.store, digests, rows.response_lengths())
+    started = time.monotonic()
+    try:
+        for responses, logps in _score(job, folders, np.concatenate([probes, missing])):
+            _check_answers(rows, responses, logps, known, job)
+            new = np.isnan(known[responses])
+            known[responses[new]] = logps[new]
+            writer.add(responses[new], logps[new])
+            progress.scored += int(new.sum())
+            progress.seconds = time.monotonic() - started
+            yield responses[new], logps[new]
+    finally:
+        writer.flush()
+
+
+def _responses_of(rows: RowCache, order: Indices) -> Indices:
+    """Flat numbers of all responses of these rows, in order."""
+    first, counts = rows.first_response[order], rows.response_counts()[order]
+    ends = np.cumsum(counts)
+    inner = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return np.asarray(np.repeat(first, counts) + inner, np.int64)
+
+
+def _check_answers(rows: RowCache, responses: Indices, logps: Floats, known: Floats, job: ReferenceJob) -> None:
+    def name(at: int) -> str:
+        number = int(np.searchsorted(rows.first_response, responses[at], side="right")) - 1
+        return f"row {rows[number].row_id}, response {int(responses[at] - rows.first_response[number])}"
+
+    bad = np.flatnonzero(~np.isfinite(logps))
+    if len(bad):
+        raise RunError(
+            f"reference {job.model.name_or_path}: log-prob of {name(bad[0])} is {logps[bad[0]]}; the model's weights are broken"
+        )
+    stored = known[responses]
+    tolerance = probe_tolerance(job.dtype, rows.response_lengths()[responses])
+    off = np.flatnonzero(np.abs(logps - stored) > tolerance)
+    if len(off):
+        at = off[0]
+        raise RunError(
+            f"reference store {job.store.folder if job.store else None}: {name(at)} is stored as {stored[at]:.4f} nats but scores"
+            f" {logps[at]:.4f}; remove it with `caldpo reference remove` and start again"
+        )
+
+
+def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """Largest difference in nats that another batch shape may cause in a summed log-prob of so many tokens."""
+    return 1e-3 + 1e-4 * tokens if dtype == "float32" else 0.5 + 0.02 * tokens
+
+
+def _score(job: ReferenceJob, folders: list[str], order: Indices) -> Iterator[tuple[Indices, Floats]]:
+    """One Ray Data execution: row numbers in, through the actor pool, answers out."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    size = max(ROWS_PER_REQUEST, len(order) // 2000)
+    blocks = [order[start : start + size] for start in range(0, len(order), size)]
+    settings = job.settings
+    low, high = (
+        settings.num_actors if isinstance(settings.num_actors, tuple) else (settings.num_actors, settings.num_actors)
+    )
+    answers = ray.data.from_numpy(blocks).map_batches(
+        ReferenceScorer,
+        fn_constructor_args=(job, folders),
+        batch_size=ROWS_PER_REQUEST,
+        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+        num_cpus=settings.num_cpus_per_actor,
+        num_gpus=settings.num_gpus_per_actor or None,
+        label_selector=settings.label_selector,
+        ray_remote_args_fn=lambda: {"max_restarts": MAX_ACTOR_RESTARTS},
+    )
+    for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
+        yield batch["response"], batch["logp"]
+
+
+def reference_model(model: ModelSection, settings: ReferenceSection, path: str, revision: str | None) -> ModelSection:
+    """The frozen model's section: the policy's options with the resolved weights and no adapter."""
+    return model.model_copy(
+        update={"name_or_path": path, "revision": revision, "lora": None, "gradient_checkpointing": False}
+    )
+
+
+def require_same_tokens(policy: Any, reference: Any, name: str) -> None:
+    """Log-probs of two models compare only over the same token ids. Raises InputError."""
+    if policy.get_vocab() != reference.get_vocab():
+        raise InputError(
+            f"reference.name_or_path {name}: its tokenizer maps tokens to other ids than the policy's; a reference must share the vocabulary"
+        )
+
+
+def store_folder(root: str) -> Path:
+    return Path(root).absolute()

@@ -1,0 +1,170 @@
+"""Tokenised rows on disk: content-addressed Arrow files, memory-mapped, read at random.
+
+Training reads rows in the order of a permutation, so a row must cost microseconds and no memory. Arrow IPC files are the
+same bytes on disk as in memory (the reason Hugging Face `datasets` uses them too); Parquet would decode a row group per row.
+"""
+
+import hashlib
+import json
+import uuid
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from caldpo_ray.errors import InputError
+from caldpo_ray.schema import Floats, Row, Tokens
+from caldpo_ray.tokenization import response_digest
+
+ARROW_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.list_(pa.int32()))),
+        ("digests", pa.list_(pa.binary(16))),
+        ("response_scores", pa.list_(pa.float32())),
+        ("weight", pa.float32()),
+        ("columns", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of rows; `order` sorts parts into the order of the source."""
+
+    name: str
+    num_rows: int
+    order: tuple[int, int]
+
+
+def write_part(folder: Path, rows: Sequence[Row], order: tuple[int, int]) -> Part:
+    """Write rows as one Arrow file under its content's digest; a repeated write (a retried task) changes nothing."""
+    table = pa.Table.from_pydict(
+        {
+            "row_id": [row.row_id for row in rows],
+            "prompt_ids": [row.prompt_ids for row in rows],
+            "response_ids": [row.response_ids for row in rows],
+            "digests": [[response_digest(row.prompt_ids, ids) for ids in row.response_ids] for row in rows],
+            "response_scores": [row.response_scores for row in rows],
+            "weight": [row.weight for row in rows],
+            "columns": [list(row.columns.items()) for row in rows],
+        },
+        schema=ARROW_SCHEMA,
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, ARROW_SCHEMA) as writer:
+        writer.write_table(table.combine_chunks())
+    data = sink.getvalue()
+    name = f"{hashlib.sha256(data).hexdigest()[:32]}.arrow"
+    write_atomically(folder / name, data)
+    return Part(name, len(rows), order)
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
+    """A reader sees the whole file or none."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    scratch.write_bytes(data.encode() if isinstance(data, str) else memoryview(data))
+    scratch.replace(path)
+
+
+def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -> None:
+    """Last write of a row cache: a folder without manifest is unfinished and ignored."""
+    ordered = sorted(parts, key=lambda part: part.order)
+    text = json.dumps({**facts, "parts": [asdict(part) for part in ordered]}, indent=1)
+    write_atomically(folder / "manifest.json", text)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Facts and parts of a finished row cache."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except OSError:
+        raise InputError(
+            f"row cache {folder}: manifest.json cannot be read from this node; run.output_dir must be a folder that all nodes share"
+        ) from None
+    return manifest
+
+
+class _PartView:
+    """Zero-copy numpy views of one memory-mapped part."""
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            batch = pa.ipc.open_file(source).read_all().combine_chunks()
+        self.table = batch
+        prompts, responses, digests = (_only_chunk(batch, name) for name in ("prompt_ids", "response_ids", "digests"))
+        self.prompt_ids: Tokens = prompts.values.to_numpy()
+        self.prompt_offsets = prompts.offsets.to_numpy()
+        self.row_offsets = responses.offsets.to_numpy()
+        self.response_offsets = responses.values.offsets.to_numpy()
+        self.response_ids: Tokens = responses.values.values.to_numpy()
+        self.digests = np.frombuffer(digests.values.buffers()[1], dtype="V16")[: len(digests.values)]
+        self.scores: Floats = _only_chunk(batch, "response_scores").values.to_numpy()
+
+    def row(self, i: int) -> Row:
+        first, last = self.row_offsets[i], self.row_offsets[i + 1]
+        bounds = self.response_offsets[first : last + 1]
+        columns = self.table["columns"][i].as_py()
+        return Row(
+            row_id=self.table["row_id"][i].as_py(),
+            prompt_ids=self.prompt_ids[self.prompt_offsets[i] : self.prompt_offsets[i + 1]],
+            response_ids=[self.response_ids[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)],
+            response_scores=self.scores[first:last],
+            weight=self.table["weight"][i].as_py(),
+            columns=dict(columns),
+        )
+
+
+def _only_chunk(table: pa.Table, name: str) -> pa.Array:
+    column = table[name]
+    return column.chunk(0) if column.num_chunks else column.combine_chunks()
+
+
+class RowCache:
+    """All rows of one or more tokenised sources, by row number: the folders one after another, each in its own order."""
+
+    def __init__(self, folders: Sequence[str | Path]) -> None:
+        self._parts: list[_PartView] = []
+        sizes: list[int] = []
+        self.folder_sizes: list[int] = []
+        for folder in map(Path, folders):
+            parts = read_manifest(folder)["parts"]
+            self._parts += [_PartView(folder / part["name"]) for part in parts]
+            sizes += [part["num_rows"] for part in parts]
+            self.folder_sizes.append(sum(part["num_rows"] for part in parts))
+        self._starts: list[int] = np.cumsum([0, *sizes]).tolist()
+        self.first_response = np.concatenate([[0], np.cumsum(self.response_counts(), dtype=np.int64)])
+        """[rows + 1] where the responses of each row start in the flat arrays below."""
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        part = bisect_right(self._starts, index) - 1
+        return self._parts[part].row(index - self._starts[part])
+
+    def prompt_lengths(self) -> npt.NDArray[np.int32]:
+        """[rows] tokens."""
+        return _concat([np.diff(part.prompt_offsets) for part in self._parts], np.int32)
+
+    def response_counts(self) -> npt.NDArray[np.int32]:
+        """[rows] number of responses k."""
+        return _concat([np.diff(part.row_offsets) for part in self._parts], np.int32)
+
+    def response_lengths(self) -> npt.NDArray[np.int32]:
+        """[all responses] tokens, row after row."""
+        return _concat([np.diff(part.response_offsets) for part in self._parts], np.int32)
+
+    def digests(self) -> npt.NDArray[np.void]:
+        """[all responses] 16-byte digests of (prompt, response), row after row."""
+        return _concat([part.digests for part in self._parts], np.dtype("V16"))
+
+
+def _concat(arrays: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)

@@ -1,0 +1,231 @@
+"""The forward pass that policy, reference and evaluation share: rows in, log-probs of their responses out."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from caldpo_ray.errors import InputError
+from caldpo_ray.logprobs import (
+    TokenBatch,
+    concatenated_batch,
+    shared_prefix_batch,
+    shared_prefix_mask,
+    sum_by_response,
+    token_logps,
+)
+from caldpo_ray.schema import Floats, Row, Tokens
+
+Layout = Literal["shared_prefix", "concatenated"]
+
+# Families name the same setting differently; the self-check of `choose_layout` refuses a family that is missing here.
+LOGIT_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+LOGIT_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# Layer types whose whole reach is the mask and the positions they are given; "sliding" and "chunked" ones see all of a
+# sequence up to `attention_window`. Recurrent, convolutional and sparse layers depend on the order in the sequence.
+MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "global"}
+DENSE_MASK_ATTENTION = {"eager", "sdpa"}  # implementations that take a mask [B, 1, L, L]
+
+# Largest difference per token, in nats, that rounding explains: some 100 times what correct layouts showed on 20
+# families in float32; below that of bfloat16 only an error that stands out of its rounding can be seen.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4, torch.float16: 0.05, torch.bfloat16: 0.3}
+
+
+class ResponseScorer(torch.nn.Module):
+    """A causal LM, or a PEFT model around one, that returns log-probs of responses instead of logits.
+
+    All of it happens inside ``forward``, so that DeepSpeed can wrap the module with any ZeRO stage. ``layout`` starts
+    with the one that is always right; `choose_layout` says whether the faster one is right too.
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_id: int, layout: Layout = "concatenated") -> None:
+        super().__init__()
+        self.model = model
+        self.pad_id = pad_id
+        self.layout: Layout = layout
+        config = model.config.get_text_config()
+        self.max_shared_tokens = attention_window(config)
+        self.logit_transform = logit_transform(config)
+
+    def batch(self, rows: Sequence[Row]) -> TokenBatch:
+        """The layout for these rows: shared prefix where it is right and saves something, else concatenated."""
+        window = self.max_shared_tokens
+        shares = any(len(row.response_ids) > 1 for row in rows)
+        fits = window is None or all(len(r.prompt_ids) + max(map(len, r.response_ids)) <= window for r in rows)
+        if self.layout == "shared_prefix" and shares and fits:
+            return shared_prefix_batch(rows, self.pad_id)
+        return concatenated_batch(rows, self.pad_id)
+
+    def forward(self, batch: TokenBatch, num_head_chunks: int) -> Tensor:
+        """Summed log-probs [rows, K] in nats, float32 (float64 for a float64 model); 0 where a response is absent."""
+        return sum_by_response(self.token_logps(batch, num_head_chunks), batch.slot, batch.shape)
+
+    def token_logps(self, batch: TokenBatch, num_head_chunks: int) -> Tensor:
+        """Log-probs [N] in nats of the scored tokens, the LM head run on them alone, in chunks."""
+        hidden = self.model.get_decoder()(
+            input_ids=batch.input_ids, use_cache=False, **self._attention(batch)
+        ).last_hidden_state
+        scored = hidden.flatten(0, 1)[batch.source]
+        head = self.model.get_output_embeddings()
+        return token_logps(scored, batch.target, head, num_head_chunks, self.logit_transform)
+
+    def _attention(self, batch: TokenBatch) -> dict[str, Tensor]:
+        if batch.position_ids is None:
+            return {"attention_mask": (batch.segment_ids >= 0).long()}
+        mask = shared_prefix_mask(batch.segment_ids)
+        if self.model.config._attn_implementation == "eager":  # adds its mask to the scores
+            dtype = self.model.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return {"attention_mask": mask, "position_ids": batch.position_ids}
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """What the start-up self-check found."""
+
+    layout: Layout
+    max_shared_tokens: int | None  # prompt + longest response; longer rows are concatenated. None: no limit
+    max_difference: float  # of a token's log-prob in this layout from the unmodified model's, in nats
+    reason: str  # why not shared prefix, in words; empty if it is
+
+
+@torch.no_grad()
+def choose_layout(scorer: ResponseScorer) -> LayoutChoice:
+    """Score a few made-up rows in both layouts and compare every token with the logits of the unmodified model.
+
+    Shared prefix is chosen where it agrees, concatenated otherwise. Call it with dropout off.
+
+    Raises:
+        InputError: the concatenated layout disagrees too, so no number from this model can be trusted.
+    """
+    rows = _synthetic_rows(scorer.model.config.get_text_config().vocab_size)
+    device = next(scorer.parameters()).device
+    batch = concatenated_batch(rows, scorer.pad_id).to(device)
+    oracle = _oracle_logps(scorer.model, batch)
+    difference, problem = _disagreement(scorer, batch, oracle)
+    if problem:
+        raise InputError(
+            f"model: {problem}; its weights hold NaN, or its head does something this version does not know: "
+            "use another model"
+        )
+    reason = _known_misfit(scorer.model)
+    if not reason:
+        shared_difference, reason = _disagreement(scorer, shared_prefix_batch(rows, scorer.pad_id).to(device), oracle)
+    if reason:
+        return LayoutChoice("concatenated", scorer.max_shared_tokens, difference, reason)
+    return LayoutChoice("shared_prefix", scorer.max_shared_tokens, shared_difference, "")
+
+
+@torch.no_grad()
+def score_rows(scorer: ResponseScorer, rows: Sequence[Row], num_head_chunks: int) -> Floats:
+    """Summed log-probs [rows, K] in nats of one micro-batch; 0 where a response is absent.
+
+    Runs in the mode the scorer is in; with dropout off it makes no difference.
+    """
+    batch = scorer.batch(rows).to(next(scorer.parameters()).device)
+    sums: Floats = scorer(batch, num_head_chunks).float().cpu().numpy()
+    return sums
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Switch off every source of chance in train mode: log-ratios start at 0 only if both sides are deterministic.
+
+    TRL sets ``p`` of `torch.nn.Dropout` modules; attention, layer drop and router jitter keep theirs as plain numbers.
+    The config is left as it is, so that an exported model keeps the user's.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def attention_window(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which every layer sees a whole sequence; None without a limit.
+
+    A shared-prefix mask knows no window, so a longer prompt with its response must be concatenated.
+    """
+    layer_types = _setting(config, ("layer_types",))
+    windows = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    names = ["sliding_window"] if layer_types is None else [windows[t] for t in set(layer_types) & windows.keys()]
+    sizes = [size for name in names if (size := _setting(config, (name,))) is not None]
+    return min(sizes, default=None)
+
+
+def logit_transform(config: PreTrainedConfig) -> Callable[[Tensor], Tensor]:
+    """What a model does to the output of its head: scale, then soft cap (Gemma, Cohere, Granite and others)."""
+    multiplier = _setting(config, LOGIT_MULTIPLIERS)
+    divisor = _setting(config, LOGIT_DIVISORS)
+    cap = _setting(config, LOGIT_SOFT_CAPS)
+    if config.model_type == "hyperclovax":  # multiplies where all others divide by a setting of this name
+        multiplier, divisor = divisor, None
+
+    def transform(logits: Tensor) -> Tensor:
+        if multiplier is not None:
+            logits = logits * multiplier
+        if divisor is not None:
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return transform
+
+
+def _setting(config: PreTrainedConfig, names: Sequence[str]) -> Any:
+    """The first of these settings that the config has, or None: most families lack most of them."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+def _known_misfit(model: PreTrainedModel) -> str:
+    attention = model.config._attn_implementation
+    if attention not in DENSE_MASK_ATTENTION:
+        return f"attention implementation {attention!r} takes no 4-D mask"
+    config = model.config.get_text_config()
+    other_layers = set(_setting(config, ("layer_types", "attention_layers")) or ()) - MASKED_LAYERS
+    if other_layers:
+        return f"{config.model_type} has layers that do not go by the mask alone ({', '.join(sorted(other_layers))})"
+    return ""
+
+
+def _oracle_logps(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """Log-probs [N] of the scored tokens of a concatenated batch, from the model as Hugging Face runs it."""
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=(batch.segment_ids >= 0).long()).logits
+    scored = logits.flatten(0, 1)[batch.source]
+    logps = scored.to(torch.promote_types(scored.dtype, torch.float32)).log_softmax(-1)
+    return logps.gather(-1, batch.target[:, None]).squeeze(-1)
+
+
+def _disagreement(scorer: ResponseScorer, batch: TokenBatch, oracle: Tensor) -> tuple[float, str]:
+    """Largest difference of a token from the oracle in nats, and what is wrong, in words; empty if nothing is."""
+    name, dtype = type(scorer.model.get_decoder()).__name__, scorer.model.dtype
+    try:
+        difference = (scorer.token_logps(batch, 1) - oracle).abs().max().item()
+    except Exception as error:  # a family's own code may raise anything on a mask or a call it does not expect
+        return math.nan, f"{name} cannot run this layout ({type(error).__name__}: {error})"
+    if difference <= TOLERANCE[dtype]:  # False for NaN
+        return difference, ""
+    return difference, (
+        f"log-probs of {name} differ from the model's own logits by {difference:.2g} nats per token "
+        f"(at most {TOLERANCE[dtype]:g} in {dtype})"
+    )
+
+
+def _synthetic_rows(vocab_size: int) -> list[Row]:
+    """A pair and a triple with unequal lengths: (prompt, responses) in tokens."""
+    rng = np.random.default_rng(0)
+    lengths = [(6, (4, 7)), (3, (2, 5, 3))]
+
+    def tokens(length: int) -> Tokens:
+        return rng.integers(vocab_size, size=length, dtype=np.int32)
+
+    return [
+        Row(str(i), tokens(prompt), [tokens(n) for n in responses], np.full(len(responses), np.nan, np.float32))
+        for i, (prompt, responses) in enumerate(lengths)
+    ]

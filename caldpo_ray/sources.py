@@ -1,0 +1,282 @@
+"""Where rows come from: files, folders, object storage and hub datasets, read as records with file and line.
+
+``list_sources`` finds the files behind one ``data.train`` / ``data.eval``; ``iterate`` streams one of them. Memory is
+bounded by one batch, one record (at most 64 MB of text) and, for Parquet, one row group. No Ray, no torch: a source is
+a picklable value, and whoever holds it can read it.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+
+from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.readers import Compression, Kind, Reason, read
+from caldpo_ray.schema import BadRow, RawRecord
+
+_KINDS: tuple[Kind, ...] = ("jsonl", "json", "csv", "parquet")
+_PACKINGS: dict[str, Compression | None] = {"": None, ".gz": "gzip", ".zst": "zstd"}
+_FORMATS: dict[str, tuple[Kind, Compression | None]] = {
+    f".{kind}{ending}": (kind, compression)
+    for kind in _KINDS
+    for ending, compression in _PACKINGS.items()
+    if kind != "parquet" or compression is None  # Parquet compresses its own pages
+}
+_KNOWN = "known are " + ", ".join(_FORMATS)
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_SCHEMES = ("file", "hf", "http", "https", *_EXTRAS)
+
+# What file systems say about a file's content. The time stamp of an S3 object is left out: its ETag is the stronger.
+_IDENTITY = ("size", "mtime", "ETag", "etag", "md5Hash", "blob_id", "Last-Modified")
+
+_HIDDEN = "._"  # first letters of names that are not data
+
+Info = dict[str, Any]  # what a file system knows about a file: "name", "size", ...
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of records.
+
+    ``path`` is an absolute path or a URL; a file of a hub dataset is ``hf://datasets/org/name@commit/...``.
+    ``fingerprint`` changes when the file does, without reading it: a digest of the path with size and modification
+    time (local), ETag (object storage, http) or blob id (hub).
+    """
+
+    path: str
+    kind: Kind
+    compression: Compression | None
+    size_bytes: int | None
+    fingerprint: str
+
+
+# --- Which files ---
+
+
+def list_sources(spec: str) -> list[SourceFile]:
+    """The files behind ``spec``, sorted by path.
+
+    ``spec`` is a file, a glob, a folder (searched recursively for the known extensions; names that begin with ``.`` or
+    ``_`` are skipped, as Spark and Arrow do), one of these by URL (``s3://``, ``gs://``, ``hf://``, ``file://``,
+    ``http(s)://``), or ``hub:org/name[:split]``, whose files are pinned to the dataset's current commit.
+
+    Raises InputError where nothing usable is found, RunError where a server cannot be reached.
+    """
+    filesystem, files = _find_hub(spec) if spec.startswith("hub:") else _find(spec)
+    if not files:
+        raise InputError(f"{spec}: no data file there; {_KNOWN}; check the path or the pattern")
+    return sorted((_source(filesystem, info) for info in files), key=lambda source: source.path)
+
+
+def _find(spec: str) -> tuple[Any, list[Info]]:
+    filesystem, path = _filesystem(spec)
+    with _lookup(spec):
+        return filesystem, _find_local(path) if _is_local(filesystem) else _find_remote(filesystem, path)
+
+
+def _find_local(path: str) -> list[Info]:
+    """Files with size and modification time. fsspec's own search does not follow symbolic links."""
+    if os.path.isdir(path):
+        names = [name for name in _walk(path) if _is_data(name, path)]
+    elif os.path.lexists(path):
+        names = [path]
+    else:
+        names = [name for name in glob.glob(path, recursive=True) if not os.path.isdir(name)]
+    files = []
+    for name in names:
+        if not os.path.isfile(name):
+            raise InputError(f"{name}: not a regular file or a broken link; write the data to a file first")
+        with open(name, "rb") as file:  # now, not hours later, is the time to miss a permission
+            stat = os.fstat(file.fileno())
+        files.append({"name": name, "size": stat.st_size, "mtime": stat.st_mtime_ns})
+    return files
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Every file under a local folder; links are followed, but no folder is entered twice."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk leaves out what it cannot read unless told otherwise
+
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if name[0] not in _HIDDEN]
+        yield from (os.path.join(folder, name) for name in files)
+
+
+def _find_remote(filesystem: Any, path: str) -> list[Info]:
+    filesystem.invalidate_cache()
+    try:
+        info = filesystem.info(path)
+    except FileNotFoundError:
+        if not glob.has_magic(path):
+            raise
+        return [entry for entry in filesystem.glob(path, detail=True).values() if entry["type"] == "file"]
+    if info["type"] == "file":
+        return [info]
+    return [entry for name, entry in filesystem.find(path, detail=True).items() if _is_data(name, path)]
+
+
+def _find_hub(spec: str) -> tuple[Any, list[Info]]:
+    """The files of one split of a hub dataset as ``datasets`` resolves it, at a named commit."""
+    match = re.fullmatch(r"hub:([^/:\s]+/[^/:\s]+)(?::([^/:\s]+))?", spec)
+    if match is None:
+        raise InputError(f"{spec}: not a hub dataset; write hub:org/name or hub:org/name:split")
+    repo, split = match[1], match[2] or "train"
+    import datasets  # one second of imports that only hub datasets need
+
+    with _lookup(spec):
+        try:
+            # The URL form never takes a local folder of the same name.
+            splits = datasets.load_dataset_builder(f"hf://datasets/{repo}").config.data_files
+        except ValueError as error:  # several configurations, or none of the file kinds `datasets` reads
+            advice = f"name the files instead: hf://datasets/{repo}/FOLDER/*.parquet"
+            raise InputError(f"{spec}: {_line(error)}; {advice}") from error
+        if splits is None:  # `datasets` falls back to what it once prepared on this machine
+            raise RunError(f"{spec}: the hub cannot be reached; check network and HF_HUB_OFFLINE, then run again")
+        if split not in splits:
+            raise InputError(f"{spec}: no split {split!r}; it has {', '.join(map(str, splits))}; name one of them")
+        filesystem, _ = _filesystem("hf://")
+        return filesystem, [filesystem.info(url) for url in splits[split]]
+
+
+def _is_data(name: str, root: str) -> bool:
+    """Whether a file found under a folder is meant: a known extension, nothing hidden, no bookkeeping."""
+    return _format(name) is not None and not any(part[0] in _HIDDEN for part in os.path.relpath(name, root).split("/"))
+
+
+def _format(path: str) -> tuple[Kind, Compression | None] | None:
+    name = path.lower()
+    return next((_FORMATS[ending] for ending in _FORMATS if name.endswith(ending)), None)
+
+
+def _source(filesystem: Any, info: Info) -> SourceFile:
+    path: str = info["name"] if _is_local(filesystem) else filesystem.unstrip_protocol(info["name"])
+    form = _format(urlsplit(path).path if path.startswith("http") else path)
+    if form is None:
+        raise InputError(f"{path}: unknown extension; {_KNOWN}; rename or convert the file, or narrow the pattern")
+    identity = [path, *((key, str(info[key])) for key in _IDENTITY if key in info)]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    return SourceFile(path, *form, info["size"], fingerprint)
+
+
+def _is_local(filesystem: Any) -> bool:
+    return "file" in filesystem.protocol
+
+
+def _filesystem(spec: str) -> tuple[Any, str]:
+    scheme = spec.split("://")[0] if "://" in spec else "file"
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
+        raise InputError(f"{spec}: unknown scheme; known are {known} and hub:org/name[:split]; copy the data to one")
+    try:
+        filesystem, path = fsspec.core.url_to_fs(spec)
+    except ImportError as error:
+        package = f"caldpo-ray[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else scheme
+        raise InputError(f"{spec}: {scheme}:// needs an optional package; pip install '{package}' ({error})") from error
+    return filesystem, path
+
+
+@contextmanager
+def _lookup(spec: str) -> Iterator[None]:
+    """Turns what a file system raises while files are looked up into one message of one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{spec}: nothing there ({_line(error)}); check the path, and the login if private") from error
+    except PermissionError as error:
+        raise InputError(f"{spec}: access refused ({_line(error)}); give read permission or credentials") from error
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # every store has its own classes for a server that cannot be reached
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise RunError(f"{spec}: lookup failed ({reason}); check network and credentials, then run again") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# --- What is in a file ---
+
+
+def iterate(source: SourceFile, batch_size: int) -> Iterator[list[tuple[int, RawRecord | BadRow]]]:
+    """The records of ``source`` in lists of ``batch_size`` (the last one is shorter), each with its line.
+
+    The line is the physical line on which the record begins (JSON lines, CSV) or the record's number (JSON lists,
+    Parquet), both from 1. What is not a record is a BadRow in its place; blank lines are skipped.
+
+    Raises InputError where the file as a whole is broken (truncated, corrupt, not what its extension says), RunError
+    where the connection to it is lost.
+    """
+    batch: list[tuple[int, RawRecord | BadRow]] = []
+    line = 0
+    try:
+        with _opened(source) as file:
+            for line, record in read(file, source.kind, source.compression, source.path):
+                batch.append((line, BadRow(source.path, line, record) if isinstance(record, Reason) else record))
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+    except (OSError, pa.ArrowException) as error:  # about the content: _Delivery reports what a store does wrong
+        where = f"after {'line' if source.kind in ('jsonl', 'csv') else 'record'} {line}"
+        raise InputError(f"{source.path}: broken {where} ({_line(error)}); copy or write the file again") from error
+    if batch:
+        yield batch
+
+
+def _opened(source: SourceFile) -> io.RawIOBase:
+    filesystem, path = _filesystem(source.path)
+    try:
+        return _Delivery(filesystem.open(path, "rb"), source.path)
+    except (FileNotFoundError, PermissionError) as error:
+        advice = "every node that reads data needs it, so use shared or object storage"
+        raise InputError(f"{source.path}: cannot be opened ({_line(error)}); {advice}") from error
+
+
+class _Delivery(io.RawIOBase):
+    """A file whose failure to deliver bytes is a RunError, so that any other error is about the bytes."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file = file
+        self._path = path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._file.read(len(buffer))
+        except Exception as error:  # every store has its own classes for a lost connection
+            reason = f"{type(error).__name__}: {_line(error)}"
+            raise RunError(f"{self._path}: reading stopped ({reason}); run the same command again") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -1,0 +1,136 @@
+"""The reference store: log-probs of responses under one frozen model, remembered by content.
+
+A folder per reference (digest of weights and dtype), in it write-once Parquet parts named by their own checksum. An entry is
+(digest of prompt and response token ids, summed log-prob in nats, tokens): what does not change token ids or weights never
+invalidates it, and nothing is ever joined by position. Several writers append at once; readers drop duplicates.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from caldpo_ray.errors import InputError
+from caldpo_ray.rows import write_atomically
+from caldpo_ray.schema import Floats
+
+VERSION = 1
+Digests = npt.NDArray[np.void]  # V16
+SCHEMA = pa.schema([("digest", pa.binary(16)), ("logp", pa.float32()), ("tokens", pa.int32())])
+
+
+def store_key(weights_digest: str, dtype: str) -> str:
+    """Folder name of a reference: what its log-probs depend on besides token ids."""
+    text = f"caldpo reference v{VERSION} {weights_digest} {dtype}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ReferenceStore:
+    """The entries of one reference. `folder` is <reference.store>/<key>."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls, root: str | Path, key: str, facts: dict[str, Any]) -> "ReferenceStore":
+        """Open, and on first use describe, the folder of one reference."""
+        folder = Path(root) / key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "manifest.json").exists():
+                write_atomically(folder / "manifest.json", json.dumps({"version": VERSION, **facts}, indent=1))
+        except OSError as error:
+            raise InputError(
+                f"reference.store {root}: cannot be written ({error.strerror}); give a writable folder or reference.store=null"
+            ) from None
+        return cls(folder)
+
+    def load(self) -> tuple[Digests, Floats]:
+        """(digests sorted [n], log-probs [n]); every part is checked against its checksum.
+
+        Raises InputError naming a damaged part.
+        """
+        tables = [_read_part(path) for path in sorted(self.folder.glob("part-*.parquet"))]
+        if not tables:
+            return np.empty(0, "V16"), np.empty(0, np.float32)
+        table = pa.concat_tables(tables).combine_chunks()
+        digests = _digest_array(table["digest"])
+        words = _words(digests)
+        order = np.lexsort((words[:, 1], words[:, 0]))
+        digests, logps = digests[order], table["logp"].to_numpy()[order]
+        first = np.concatenate([[True], digests[1:] != digests[:-1]])
+        return digests[first], logps[first].astype(np.float32, copy=False)
+
+    def append(self, digests: Digests, logps: Floats, tokens: npt.NDArray[np.int32]) -> None:
+        """Add entries as one part; readers see the whole part or none of it."""
+        column = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), len(digests), [None, pa.py_buffer(np.ascontiguousarray(digests).tobytes())]
+        )
+        table = pa.Table.from_arrays(
+            [column, pa.array(logps, pa.float32()), pa.array(tokens, pa.int32())], schema=SCHEMA
+        )
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        data = sink.getvalue()
+        write_atomically(self.folder / f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+
+
+def join(wanted: Digests, digests: Digests, logps: Floats) -> Floats:
+    """[n] log-probs of the wanted digests, NaN where unknown; `digests` sorted as `load` returns them.
+
+    The search compares the leading 8 bytes and a hit all 16, so that a collision costs a second scoring, never a wrong value.
+    """
+    found = np.full(len(wanted), np.nan, np.float32)
+    if len(digests):
+        at = np.minimum(np.searchsorted(_words(digests)[:, 0], _words(wanted)[:, 0]), len(digests) - 1)
+        hit = digests[at] == wanted
+        found[hit] = logps[at[hit]]
+    return found
+
+
+def _words(digests: Digests) -> npt.NDArray[np.uint64]:
+    """[n, 2] unsigned words."""
+    return np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2)
+
+
+def _digest_array(column: pa.ChunkedArray) -> Digests:
+    chunk = column.combine_chunks()
+    return np.frombuffer(chunk.buffers()[1], dtype="V16", count=len(chunk), offset=16 * chunk.offset)
+
+
+def _read_part(path: Path) -> pa.Table:
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest()[:32] != path.stem.removeprefix("part-"):
+        raise InputError(
+            f"reference store {path}: its content does not match its checksum (a damaged or edited file); delete this file, and its"
+            " entries are scored again"
+        )
+    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+
+
+def list_references(root: str | Path) -> list[dict[str, Any]]:
+    """One description per reference in the store: its manifest, key, entries, bytes."""
+    found = []
+    for manifest in sorted(Path(root).glob("*/manifest.json")):
+        parts = list(manifest.parent.glob("part-*.parquet"))
+        entries = sum(pq.read_metadata(part).num_rows for part in parts)
+        facts = json.loads(manifest.read_text())
+        found.append(
+            {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
+        )
+    return found
+
+
+def remove_reference(root: str | Path, key: str) -> None:
+    """Delete one reference's entries. Raises InputError for an unknown key."""
+    known = [entry["key"] for entry in list_references(root)]
+    if key not in known:
+        raise InputError(f"reference store {root}: no reference {key!r}; it holds {', '.join(known) or 'none'}")
+    shutil.rmtree(Path(root) / key)

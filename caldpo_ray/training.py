@@ -1,0 +1,418 @@
+"""The policy workers: a DeepSpeed engine around the shared forward pass, fed by the feed, one loop to read.
+
+Each worker takes one dictionary, rebuilds the config and touches no globals. The loss of a micro-batch is its sum over the row
+count of the global batch, so accumulation and sharding do not change it.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caldpo_ray import checkpoint, metrics
+from caldpo_ray.batching import Schedule, head_chunk_positions
+from caldpo_ray.checkpoint import TrainerState
+from caldpo_ray.config import Config, ModelSection, TrainSection
+from caldpo_ray.deepspeed_config import deepspeed_config
+from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.objectives import Objective, get_objective
+from caldpo_ray.reference import probe_tolerance
+from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
+
+PREFETCH_STEPS = 2
+MINIMISED = ("loss", "nll", "calibration/", "objective/")
+
+
+def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
+    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant, or decay to zero."""
+    warmup = math.ceil(train.warmup_ratio * num_steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    if train.lr_scheduler == "constant":
+        return train.learning_rate
+    done = (step - warmup) / max(1, num_steps - warmup)
+    share = 1 - done if train.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return train.learning_rate * share
+
+
+def make_optimizer(model: torch.nn.Module, train: TrainSection) -> torch.optim.Optimizer:
+    """AdamW, or the RMSprop of the Cal-DPO paper; norms and biases are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": trainable, "weight_decay": 0.0}]
+    if train.weight_decay:
+        # Under zero.Init a parameter is empty on this rank and keeps its shape in ds_shape.
+        matrices = {id(p) for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1}
+        groups = [
+            {"params": [p for p in trainable if id(p) in matrices], "weight_decay": train.weight_decay},
+            {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
+        ]
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.learning_rate)
+    return torch.optim.RMSprop(groups, lr=train.learning_rate)
+
+
+def set_up_process(train: TrainSection) -> torch.device:
+    """Threads and device of this worker; before DeepSpeed is imported, which looks for its accelerator once."""
+    context = ray.train.get_context()
+    on_gpu = train.use_gpu and torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(train.num_threads_per_worker or max(1, cores // context.get_local_world_size()))
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """ZeRO-3 splits parameters while the model loads: transformers does so as long as this object lives."""
+    if settings["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    partitioner = HfDeepSpeedConfig(settings)
+    yield
+    del partitioner
+
+
+def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
+    """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
+    import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
+
+    from caldpo_ray.models import add_lora, load_model
+    from caldpo_ray.scoring import ResponseScorer, choose_layout
+
+    settings = deepspeed_config(config, dist.get_world_size())
+    with partitioned_loading(settings):
+        policy = load_model(model, config.model.dtype)
+        if config.model.lora is not None:
+            policy = add_lora(policy, config.model.lora, config.run.seed)
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.enable_input_require_grads()
+    policy.to(device)
+    scorer = ResponseScorer(policy, pad_id=0)
+    optimizer = make_optimizer(scorer, config.train)
+    engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
+    scorer.layout = choose_layout(scorer).layout
+    return engine
+
+
+class PolicyWorker:
+    """State of one rank during one attempt: engine, position, and its line to the feed."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.config = Config.model_validate(settings["config"])
+        self.settings = settings
+        self.run = RunDir(Path(settings["run_dir"]))
+        self.feed = settings["feed"]
+        self.device = set_up_process(self.config.train)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.schedules: dict[SplitName, Schedule] = schedules(self.config, settings["num_train"], settings["num_eval"])
+        self.objective: Objective = get_objective(**self.config.objective.model_dump())
+        self.attempt = self._agree_on_attempt()
+        self.engine = build_engine(self.config, ModelSection.model_validate(settings["model"]), self.device)
+        vocab_size = self.engine.module.model.config.get_text_config().vocab_size
+        self.chunk_positions = head_chunk_positions(vocab_size)
+        self.pending: dict[tuple[SplitName, int], Any] = {}
+        self.evaluated: dict[str, float] = {}
+        self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0}
+
+    def _agree_on_attempt(self) -> int:
+        """Later groups get higher numbers, also after the feed was restarted."""
+        number = torch.tensor([time.time_ns() if self.rank == 0 else 0], device=self.device)
+        dist.broadcast(number, 0)
+        return int(number.item())
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All remaining steps, with evaluation, checkpoints and the final export."""
+        train, num_steps = self.config.train, self.schedules["train"].num_steps
+        step, best = self.resume()
+        while step < num_steps:
+            line = self.train_step(step)
+            step += 1
+            last = step == num_steps
+            if self.rank == 0 and line:
+                self.write(line)
+            saving = last or (train.save_every is not None and step % train.save_every == 0)
+            evaluating = train.eval_every is not None and step % train.eval_every == 0
+            if self.settings["num_eval"] and (evaluating or saving):
+                best = self.evaluate(step, best)
+            if saving:
+                self.save(step, best)
+        self.export(self.run.model)
+
+    def resume(self) -> tuple[int, float | None]:
+        """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
+        found = ray.train.get_checkpoint()
+        state = None
+        if found is not None:
+            with found.as_directory() as folder:
+                state = checkpoint.read_state(Path(folder))
+                self._require_same_run(state)
+                stage = self.config.train.deepspeed.zero_stage
+                checkpoint.load(self.engine, Path(folder), checkpoint.needs_universal(state, self.world_size, stage))
+        if self.rank == 0:
+            truncate_metrics(self.run.metrics, state.step if state else 0)
+        return (state.step, state.best_metric) if state else (0, None)
+
+    def _require_same_run(self, state: TrainerState) -> None:
+        expected = (self.settings["identity"], self.settings["reference_key"])
+        if (state.identity, state.reference_key) != expected:
+            raise InputError(
+                f"run directory {self.run.path}: its checkpoint belongs to another config or reference; choose another run.name"
+            )
+
+    def train_step(self, step: int) -> dict[str, Any]:
+        """One optimiser step over one global batch; the metrics line on rank 0 of logged steps."""
+        started = time.monotonic()
+        share = self.next_share("train", step)
+        rate = learning_rate(self.config.train, step, self.schedules["train"].num_steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.train()
+        parts = []
+        for number, micro_batch in enumerate(share.micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(share.micro_batches))
+            losses, part, gap = self.forward(micro_batch)
+            if step == 0:
+                self._check_start(micro_batch, gap)
+            # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
+            self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
+            parts.append(part)
+        totals = self.reduce(metrics.merge(parts))
+        self._require_finite(step, totals, share)
+        before = self._gradient_norm_of_stage_0()
+        self.engine.step()
+        if (step + 1) % self.config.train.log_every and step + 1 < self.schedules["train"].num_steps:
+            return {}
+        norm = before if before is not None else self.engine.get_global_grad_norm()
+        return self._line(step + 1, "train", totals, started) | {"grad_norm": float(norm), "learning_rate": rate}
+
+    def forward(self, micro_batch: MicroBatch, evaluating: bool = False) -> tuple[Tensor, metrics.Metrics, Tensor]:
+        """Weighted row losses [rows], metric sums, and log-ratios [rows, k] of one micro-batch."""
+        batch = self.engine.module.batch(micro_batch.rows).to(self.device)
+        logps = self.engine(batch, micro_batch.num_head_chunks)
+        lengths, scores, weights, columns = tensors(micro_batch, logps)
+        reference = None if micro_batch.reference_logps is None else _padded(micro_batch.reference_logps, logps)
+        output = self.objective(logps, reference, lengths, response_scores=scores, **columns)
+        with torch.no_grad():
+            real = (lengths[:, 0] > 0).to(logps.dtype)
+            part = metrics.preference_metrics(self.objective, output, logps.detach(), reference, lengths, scores, real)
+            if evaluating and self.objective.min_responses > 1:
+                part |= metrics.calibration_bins(self.objective, logps, reference, lengths, scores, real)
+            part["tokens"] = (torch.tensor(float(sum(row.num_tokens for row in micro_batch.rows))), torch.tensor(1.0))
+            gap = logps.detach() - reference if reference is not None else torch.zeros_like(logps)
+        return output.losses * weights, part, gap
+
+    def evaluate(self, step: int, best: float | None) -> float | None:
+        """Metrics over all held-out rows, exact for any number of workers; keeps the best model; the new best value."""
+        if self.evaluated.get("step") == step:
+            return best
+        started = time.monotonic()
+        self.engine.eval()
+        parts = []
+        with torch.no_grad():
+            for number in range(self.schedules["eval"].num_steps):
+                parts += [
+                    self.forward(micro_batch, evaluating=True)[1]
+                    for micro_batch in self.next_share("eval", number).micro_batches
+                ]
+        line = self._line(step, "eval", self.reduce(metrics.merge(parts)), started)
+        self.evaluated = line
+        if self.rank == 0:
+            self.write(line)
+        value = line.get(self.config.train.best_metric)
+        if value is None:
+            known = ", ".join(sorted(name for name in line if "/" in name or name == "loss"))
+            raise InputError(
+                f"train.best_metric = {self.config.train.best_metric}: not among the evaluation metrics: {known}"
+            )
+        if best is not None and (value > best if is_minimised(self.config.train.best_metric) else value <= best):
+            return best
+        self.export(self.run.best)
+        return float(value)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self, step: int, best: float | None) -> None:
+        """Checkpoint this step and wait until Ray Train has committed it, so that a kill right after loses nothing."""
+        schedule = self.schedules["train"]
+        stage = self.config.train.deepspeed.zero_stage
+        state = TrainerState(
+            step, schedule.position(step)[0], schedule.rows_consumed(step), self.settings["identity"],
+            self.settings["reference_key"], self.world_size, stage, best,
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(self.engine, state, Path(folder))
+            ray.train.report(
+                {"step": step, **{k: v for k, v in self.evaluated.items() if isinstance(v, float)}},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=f"step-{step:08d}",
+            )
+        ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+
+    def export(self, target: Path) -> None:
+        """A plain Hugging Face folder (an adapter folder with LoRA), complete or absent."""
+        model = self.engine.module.model
+        weights = checkpoint.gather_state_dict(model, self.config.train.deepspeed.zero_stage)
+        if self.rank == 0:
+            scratch = target.with_name(f".{target.name}.unfinished")
+            shutil.rmtree(scratch, ignore_errors=True)
+            model.save_pretrained(scratch, state_dict=weights)
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
+        dist.barrier()
+
+    # -- small parts ---------------------------------------------------------------------------------------------
+
+    def next_share(self, split: SplitName, step: int) -> Share:
+        """This rank's share; the next ones are requested before it is used."""
+        last = self.schedules[split].num_steps
+        for ahead in range(step, min(step + PREFETCH_STEPS + 1, last)):
+            if (split, ahead) not in self.pending:
+                self.pending[split, ahead] = self.feed.share.remote(self._request(split, ahead))
+        started = time.monotonic()
+        share: Share = ray.get(self.pending.pop((split, step)))
+        waited = time.monotonic() - started
+        reference = min(waited, share.waited_reference_seconds)
+        self.waits["wait/reference_seconds"] += reference
+        self.waits["wait/feed_seconds"] += waited - reference
+        return share
+
+    def _request(self, split: SplitName, step: int) -> Request:
+        module = self.engine.module
+        shared = module.layout == "shared_prefix"
+        return Request(self.attempt, split, step, self.rank, self.world_size, shared, self.chunk_positions)
+
+    def reduce(self, totals: metrics.Metrics) -> metrics.Metrics:
+        """Sums and counts over all ranks in one collective, in float64."""
+        names = sorted(totals)
+        flat = [tensor.to(torch.float64).reshape(-1).to(self.device) for name in names for tensor in totals[name]]
+        joined = torch.cat(flat)
+        dist.all_reduce(joined)
+        pieces = iter(joined.split([len(piece) for piece in flat]))
+        return {
+            name: (next(pieces).reshape(totals[name][0].shape), next(pieces).reshape(totals[name][1].shape))
+            for name in names
+        }
+
+    def _line(self, step: int, split: SplitName, totals: metrics.Metrics, started: float) -> dict[str, Any]:
+        schedule = self.schedules["train"]
+        waits = torch.tensor(list(self.waits.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(waits, dist.ReduceOp.MAX)
+        seconds = time.monotonic() - started
+        tokens, pairs = (
+            totals.pop("tokens")[0].item(),
+            totals["rewards/accuracies" if "rewards/accuracies" in totals else "loss"][1].item(),
+        )
+        line: dict[str, Any] = {
+            "step": step,
+            "epoch": schedule.rows_consumed(step) / schedule.num_rows,
+            "rows": schedule.rows_consumed(step),
+            "split": split,
+        }
+        line |= metrics.finalise(totals)
+        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        line |= dict(zip(self.waits, waits.tolist(), strict=True))
+        self.waits = dict.fromkeys(self.waits, 0.0)
+        return line
+
+    def write(self, line: dict[str, Any]) -> None:
+        append_metrics(self.run.metrics, line)
+        self.feed.record.remote(self.attempt, line)
+
+    def _check_start(self, micro_batch: MicroBatch, gap: Tensor) -> None:
+        """Before the first step the policy is the reference: every log-ratio is zero, or the two are not the same model."""
+        if not self.settings["policy_is_reference"] or micro_batch.reference_logps is None:
+            return
+        for row, ratios in zip(micro_batch.rows, gap.tolist(), strict=False):
+            tokens = np.array([len(ids) for ids in row.response_ids], np.int32)
+            off = np.flatnonzero(np.abs(ratios[: len(tokens)]) > probe_tolerance(self.config.model.dtype, tokens))
+            if len(off):
+                raise RunError(
+                    f"the policy before its first step must equal the reference, but row {row.row_id}, response {off[0]} differs by"
+                    f" {ratios[off[0]]:.4f} nats; verify the store with `caldpo reference verify`, or set reference.store=null"
+                )
+
+    def _require_finite(self, step: int, totals: metrics.Metrics, share: Share) -> None:
+        if not torch.isfinite(totals["loss"][0]).all():
+            rows = [row.row_id for micro_batch in share.micro_batches for row in micro_batch.rows]
+            names: list[Any] = [None] * self.world_size
+            dist.all_gather_object(names, rows)
+            listed = ", ".join(name for part in names for name in part)
+            raise RunError(
+                f"step {step + 1}: the loss is not finite; the step was not applied. Rows of its batch: {listed}"
+            )
+
+    def _gradient_norm_of_stage_0(self) -> float | None:
+        """DeepSpeed reports no norm for stage 0: its gradients are whole, so this is the plain norm before clipping."""
+        if self.config.train.deepspeed.zero_stage > 0:
+            return None
+        grads = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+
+def is_minimised(metric: str) -> bool:
+    """Losses, errors and their kind are better when smaller."""
+    return metric.startswith(MINIMISED)
+
+
+def tensors(micro_batch: MicroBatch, like: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(lengths [rows, k], scores [rows, k], weights [rows], extra columns [rows]) as the objective takes them."""
+    num_rows, k = like.shape
+    lengths, scores = np.zeros((num_rows, k)), np.full((num_rows, k), np.nan)
+    weights = np.zeros(num_rows)
+    names = sorted({name for row in micro_batch.rows for name in row.columns})
+    columns = {name: np.full(num_rows, np.nan) for name in names}
+    for at, row in enumerate(micro_batch.rows):
+        lengths[at, : len(row.response_ids)] = [len(ids) for ids in row.response_ids]
+        scores[at, : len(row.response_scores)] = row.response_scores
+        weights[at] = row.weight
+        for name, value in row.columns.items():
+            columns[name][at] = value
+
+    def tensor(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+    return tensor(lengths), tensor(scores), tensor(weights), {name: tensor(values) for name, values in columns.items()}
+
+
+def _padded(values: Any, like: Tensor) -> Tensor:
+    """Reference log-probs in the shape of the policy's; an empty micro-batch runs one row of zeros."""
+    padded = torch.zeros_like(like)
+    padded[: values.shape[0], : values.shape[1]] = torch.tensor(values)
+    return padded.detach()
+
+
+def train_loop_per_worker(settings: dict[str, Any]) -> None:
+    """Entry point of every Ray Train worker. What restarting would not cure goes to the driver instead of being retried."""
+    worker = None
+    try:
+        worker = PolicyWorker(settings)
+        worker.train()
+    except (InputError, RunError) as error:
+        attempt = worker.attempt if worker else time.time_ns()
+        ray.get(settings["feed"].fail.remote(attempt, type(error).__name__, str(error)))
+
+
+def trainer_summary(path: Path) -> dict[str, Any]:
+    """The last line of a run's metrics."""
+    lines = path.read_text().splitlines()
+    return dict(json.loads(lines[-1])) if lines else {}

@@ -1,0 +1,90 @@
+"""Runs of the command line against the shared cluster, and what they leave behind."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.numpy import load_file
+
+from tests.conftest import wait_until
+
+TIMES = ("pairs_per_second", "tokens_per_second", "wait/reference_seconds", "wait/feed_seconds", "mfu")
+
+
+def write_config(folder: Path, world: Path, **sections: dict[str, Any]) -> Path:
+    """A short Cal-DPO run on the world with two workers; `sections` override it."""
+    config: dict[str, Any] = {
+        "run": {"output_dir": str(folder / "runs"), "seed": 7},
+        "model": {"name_or_path": str(world / "model")},
+        "data": {"train": str(world / "train.jsonl")},
+        "objective": {"name": "cal_dpo", "beta": 0.1},
+        "train": {"num_workers": 2, "num_threads_per_worker": 1, "batch_size": 32, "learning_rate": 3e-4},
+    }
+    for name, values in sections.items():
+        config[name] = {**config.get(name, {}), **values}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@dataclass
+class Run:
+    """One `caldpo train` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    path: Path
+
+    def lines(self) -> list[dict[str, Any]]:
+        file = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.process.poll() is None, f"the run ended before step {step}:\n{self.process.communicate()[0]}"
+            return any(line["step"] >= step for line in self.lines())
+
+        wait_until(reached, f"step {step}")
+
+    def finish(self, expect: int = 0, seconds: float = 240.0) -> str:
+        output = self.process.communicate(timeout=seconds)[0]
+        assert self.process.returncode == expect, output
+        return output
+
+    def trajectory(self) -> list[dict[str, Any]]:
+        """Metrics without what the clock decides."""
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in self.lines()]
+
+    def weights(self) -> dict[str, Any]:
+        return dict(load_file(self.path / "model" / "model.safetensors"))
+
+
+def start(config: Path, name: str, *overrides: str) -> Run:
+    command = [sys.executable, "-m", "caldpo_ray", "train", str(config), f"run.name={name}", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output_dir = yaml.safe_load(config.read_text())["run"]["output_dir"]
+    return Run(process, Path(output_dir) / name)
+
+
+def train(config: Path, name: str, *overrides: str, expect: int = 0) -> Run:
+    run = start(config, name, *overrides)
+    run.finish(expect)
+    return run
+
+
+def pids(class_name: str) -> list[int]:
+    """Processes of live actors of a class, from Ray's own state."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
+    return [actor.pid for actor in actors if class_name in actor.class_name]
+
+
+def kill(pid: int) -> None:
+    import os
+
+    os.kill(pid, signal.SIGKILL)
