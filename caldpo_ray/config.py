@@ -175,7 +175,7 @@ class Config(Section):
         return {
             key: value
             for key, value, execution in self.items()
-            if not execution and not key.startswith("run.") or key == "run.seed"
+            if not execution and (not key.startswith("run.") or key == "run.seed")
         }
 
     def items(self) -> Iterator[tuple[str, Any, bool]]:
@@ -220,8 +220,8 @@ ALIASES = {
 }
 # The same idea with another unit: a silent translation would change the run.
 NOT_ALIASES = {
-    "train.per_device_train_batch_size": "counts rows per device; here train.batch_size counts rows per optimiser step over all workers",
-    "train.gradient_accumulation_steps": "is decided here by train.micro_batch_tokens; set train.batch_size to rows per optimiser step",
+    "train.per_device_train_batch_size": "counts rows per device; train.batch_size counts rows per optimiser step over all workers",
+    "train.gradient_accumulation_steps": "follows from train.micro_batch_tokens; set train.batch_size to rows per optimiser step",
     "train.warmup_steps": "counts steps; here train.warmup_ratio is a share of all steps",
     "reference.precompute_ref_log_probs": "is the default here: reference.store keeps reference log-probs; null turns it off",
     "objective.f_divergence_type": "is objective.name: f_dpo with objective.divergence; TRL's alpha is 1 - objective.alpha",

@@ -18,6 +18,7 @@ from caldpo_ray.errors import RunError
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Row
+from caldpo_ray.store import distinct_responses
 
 SplitName = Literal["train", "eval"]
 EVAL_BATCH_ROWS = 256
@@ -107,7 +108,8 @@ class Feed:
         self._prompt_lengths = self._rows.prompt_lengths()
         self._scored_lengths = np.add.reduceat(self._rows.response_lengths(), first[:-1].astype(np.intp))
         self._counts = counts
-        self._logps = None if job is None else np.full(int(first[-1]), np.nan, np.float32)
+        self._distinct = distinct_responses(self._rows.digests()).of_response
+        self._logps = None if job is None else np.full(int(self._distinct.max(initial=-1)) + 1, np.nan, np.float32)
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
@@ -189,7 +191,7 @@ class Feed:
         logps = np.zeros((len(rows), max((len(row.response_ids) for row in rows), default=0)), np.float32)
         for at, number in enumerate(chosen):
             first, last = self._rows.first_response[number], self._rows.first_response[number + 1]
-            logps[at, : last - first] = self._logps[first:last]
+            logps[at, : last - first] = self._logps[self._distinct[first:last]]
         return MicroBatch(rows, logps, plan.num_head_chunks)
 
     async def _until_known(self, numbers: Indices) -> float:
@@ -205,16 +207,16 @@ class Feed:
     def _unknown(self, numbers: Indices) -> bool:
         assert self._logps is not None
         first, last = self._rows.first_response[numbers], self._rows.first_response[numbers + 1]
-        return any(np.isnan(self._logps[a:b]).any() for a, b in zip(first, last, strict=True))
+        return any(np.isnan(self._logps[self._distinct[a:b]]).any() for a, b in zip(first, last, strict=True))
 
     def _fill(self) -> None:
         """Thread: the reference stage, running ahead of training."""
         assert self._job is not None and self._logps is not None and self._progress.reference is not None
         try:
-            for responses, logps in reference_logps(
+            for numbers, logps in reference_logps(
                 self._job, self._folders, self._reference_order(), self._progress.reference
             ):
-                self._logps[responses] = logps
+                self._logps[numbers] = logps
                 self._announce()
         except Exception as error:
             # Whatever stops the reference stops the run: every waiting worker gets the reason.

@@ -59,14 +59,12 @@ def concatenated_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
 def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
     """[B, L] segments -> [B, 1, L, L] bool, True where a query (row) may attend to a key (column).
 
-    Padding attends to itself alone: a query without any key would make NaN of its sequence.
+    Padding sees the prompt and the padding before it: a query without any key would make NaN of its sequence.
     """
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]
     length = segment_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    visible = causal & ((key == PROMPT) | (key == query)) & (query != PADDING)
-    itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
-    return (visible | itself)[:, None]
+    return (causal & ((key == PROMPT) | (key == query)))[:, None]
 
 
 def token_logps(

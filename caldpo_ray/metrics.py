@@ -96,8 +96,8 @@ def finalise(metrics: Metrics) -> dict[str, float]:
 
 
 def _single_metrics(logps: Tensor, lengths: Tensor, row_weights: Tensor) -> Metrics:
-    weights = row_weights.double() * (lengths > 0)
-    return {"logps/chosen": _weighted(logps, weights), "nll": (-(weights * logps).sum(), (weights * lengths).sum())}
+    nll, tokens = _weighted(-logps, row_weights)[0], _weighted(lengths, row_weights)[0]
+    return {"logps/chosen": _weighted(logps, row_weights), "nll": (nll, tokens)}
 
 
 def _pair_values(

@@ -142,11 +142,11 @@ class FDpo(_BuiltIn):
     @classmethod
     def _alpha_belongs_to_its_divergence(cls, alpha: float | None, info: ValidationInfo) -> float | None:
         divergence = info.data.get("divergence", "alpha")
-        if divergence == "alpha":
-            return 0.5 if alpha is None else alpha
-        if alpha is not None:
+        if divergence == "alpha" and alpha is None:
+            return 0.5
+        if divergence != "alpha" and alpha is not None:
             raise ValueError(f"only divergence alpha uses it, and divergence is {divergence}; remove one of the two")
-        return None
+        return alpha
 
     @property
     def formula(self) -> str:
@@ -160,7 +160,7 @@ class FDpo(_BuiltIn):
 
 
 class Cpo(_BuiltIn):
-    """CPO, arXiv 2401.08417, Eq. 5: no reference; sums in the sigmoid, a mean in the likelihood term."""
+    """CPO, arXiv 2401.08417: no reference; sums in the sigmoid, a mean in the likelihood term."""
 
     needs_reference: ClassVar[bool] = False
     name: Literal["cpo"]
@@ -217,7 +217,8 @@ class Sft(_BuiltIn):
 class CustomObjective(_Parameters):
     """The user's own function, called as `function(policy_logps, reference_logps, lengths, **parameters, **columns)`.
 
-    All keys besides the fields below are its parameters.
+    Tensors are [rows, k]; a response that a row does not have has length 0 and must be ignored. It returns one loss per
+    row, or a dict of terms that sum to it. All keys besides the fields below are its parameters.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -105,18 +105,19 @@ def require_placeable(config: Config, needs_reference: bool) -> bool:
 
 
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
-    needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount)
+    needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount) or "nothing"
     label = f" on a node labelled {bundle.labels}" if bundle.labels else ""
     count = config.train.num_workers if bundle.role == "policy worker" else config.reference.num_actors
     listed = "; ".join(
-        f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU, labels {_own_labels(node.labels)}"
+        f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
+        f" labels {_own_labels(node.labels)}"
         for node in nodes
     )
     beside = "" if alone else " beside the policy workers (reference.store=null needs both at once)"
     keys = "train.num_workers, train.use_gpu, train.num_cpus_per_worker or train.label_selector"
     if bundle.role == "reference actor":
         keys = "reference.num_actors, .num_gpus_per_actor, .num_cpus_per_actor, .label_selector or .store"
-    return f"resources: a {bundle.role} ({count} wanted) needs {needs or 'nothing'}{label}{beside} and fits on no node ({listed}); change {keys}"
+    return f"resources: a {bundle.role} ({count} wanted) needs {needs}{label}{beside} and fits on no node ({listed}); change {keys}"
 
 
 def _own_labels(labels: dict[str, Any]) -> dict[str, Any]:

@@ -220,10 +220,6 @@ _TEXT_READERS: dict[Kind, Callable[[io.BufferedReader, str], Records]] = {"jsonl
 
 
 def _parquet(file: io.RawIOBase, path: str) -> Records:
-    try:
-        file.seek(0, io.SEEK_END)
-    except ValueError as error:  # an HTTP server without range requests
-        raise InputError(f"{path}: Parquet needs a server that serves ranges; download the file first") from error
     table = pq.ParquetFile(file)
     numbers = itertools.count(1)
     for group in range(table.num_row_groups):

@@ -7,7 +7,6 @@ every new value. The reference never sees policy weights and training never hold
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
-from caldpo_ray.store import Digests, ReferenceStore, join
+from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
 
 ROWS_PER_REQUEST = 64
 FLUSH_RESPONSES, FLUSH_SECONDS = 4096, 30.0
@@ -75,7 +74,7 @@ class ReferenceScorer:
 
 @dataclass
 class ReferenceProgress:
-    """Counts of responses, for the reader of the log: how many the store knew, how many the model scored."""
+    """Counts of distinct responses, for the reader of the log: how many the store knew, how many the model scored."""
 
     wanted: int = 0
     joined: int = 0
@@ -88,22 +87,22 @@ class _Writer:
     """Collects new answers and appends them to the store in parts worth writing."""
 
     store: ReferenceStore | None
-    digests: Digests
+    distinct: Distinct
     lengths: npt.NDArray[np.int32]
     pending: list[tuple[Indices, Floats]] = field(default_factory=list)
     last_flush: float = field(default_factory=time.monotonic)
 
-    def add(self, responses: Indices, logps: Floats) -> None:
-        self.pending.append((responses, logps))
+    def add(self, numbers: Indices, logps: Floats) -> None:
+        self.pending.append((numbers, logps))
         count = sum(len(part) for part, _ in self.pending)
         if count >= FLUSH_RESPONSES or time.monotonic() - self.last_flush > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         if self.store is not None and self.pending:
-            responses = np.concatenate([part for part, _ in self.pending])
+            numbers = np.concatenate([part for part, _ in self.pending])
             logps = np.concatenate([part for _, part in self.pending])
-            self.store.append(self.digests[responses], logps, self.lengths[responses])
+            self.store.append(self.distinct.digests[numbers], logps, self.lengths[self.distinct.first[numbers]])
         self.pending = []
         self.last_flush = time.monotonic()
 
@@ -111,43 +110,52 @@ class _Writer:
 def reference_logps(
     job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress
 ) -> Iterator[tuple[Indices, Floats]]:
-    """Yield (flat response numbers, log-probs in nats) until every row of `order` is answered.
+    """Yield (numbers of distinct responses, log-probs in nats) until every row of `order` is answered.
 
     What the store holds comes first, all at once; the rest is scored in the order given by one dataset execution. A pool that
     is loaded anyway re-scores a few stored rows. Raises RunError when they differ or a log-prob is not finite.
     """
     rows = RowCache(folders)
-    digests = rows.digests()
-    known = np.full(len(digests), np.nan, np.float32)
+    distinct = distinct_responses(rows.digests())
+    known = np.full(len(distinct.digests), np.nan, np.float32)
     if job.store is not None:
-        known = join(digests, *job.store.load())
-    wanted = _responses_of(rows, order)
-    hit = wanted[~np.isnan(known[wanted])]
-    progress.wanted, progress.joined = len(wanted), len(hit)
+        known = join(distinct.digests, *job.store.load())
+    wanted = distinct.of_response[_responses_of(rows, order)]
+    progress.wanted = len(np.unique(wanted))
+    hit = np.unique(wanted[~np.isnan(known[wanted])])
+    progress.joined = len(hit)
     if len(hit):
         yield hit, known[hit]
-    complete = (
-        np.add.reduceat(np.isnan(known), rows.first_response[:-1].astype(np.intp)) == 0
-        if len(rows)
-        else np.empty(0, bool)
-    )
-    missing = order[~complete[order]]
+    missing, complete = _rows_to_score(rows, distinct, order, known)
     if not len(missing):
         return
-    probes = order[complete[order]][:NUM_PROBES]
-    writer = _Writer(job.store, digests, rows.response_lengths())
+    writer = _Writer(job.store, distinct, rows.response_lengths())
     started = time.monotonic()
     try:
-        for responses, logps in _score(job, folders, np.concatenate([probes, missing])):
-            _check_answers(rows, responses, logps, known, job)
-            new = np.isnan(known[responses])
-            known[responses[new]] = logps[new]
-            writer.add(responses[new], logps[new])
-            progress.scored += int(new.sum())
+        for responses, logps in _score(job, folders, np.concatenate([complete[:NUM_PROBES], missing])):
+            numbers = distinct.of_response[responses]
+            _check_answers(rows, responses, logps, known[numbers], job)
+            new, at = np.unique(numbers[np.isnan(known[numbers])], return_index=True)
+            values = logps[np.isnan(known[numbers])][at]
+            known[new] = values
+            writer.add(new, values)
+            progress.scored += len(new)
             progress.seconds = time.monotonic() - started
-            yield responses[new], logps[new]
+            yield new, values
     finally:
         writer.flush()
+
+
+def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Floats) -> tuple[Indices, Indices]:
+    """(rows that hold the first occurrence of an unknown response, rows that hold none), each in `order`."""
+    counts = rows.response_counts()[order]
+    numbers = distinct.of_response[_responses_of(rows, order)]
+    unknown = np.flatnonzero(np.isnan(known[numbers]))
+    _, first = np.unique(numbers[unknown], return_index=True)
+    places = np.repeat(np.arange(len(order)), counts)[unknown[first]]
+    needed = np.zeros(len(order), bool)
+    needed[places] = True
+    return order[needed], order[~needed]
 
 
 def _responses_of(rows: RowCache, order: Indices) -> Indices:
@@ -158,7 +166,7 @@ def _responses_of(rows: RowCache, order: Indices) -> Indices:
     return np.asarray(np.repeat(first, counts) + inner, np.int64)
 
 
-def _check_answers(rows: RowCache, responses: Indices, logps: Floats, known: Floats, job: ReferenceJob) -> None:
+def _check_answers(rows: RowCache, responses: Indices, logps: Floats, stored: Floats, job: ReferenceJob) -> None:
     def name(at: int) -> str:
         number = int(np.searchsorted(rows.first_response, responses[at], side="right")) - 1
         return f"row {rows[number].row_id}, response {int(responses[at] - rows.first_response[number])}"
@@ -168,7 +176,6 @@ def _check_answers(rows: RowCache, responses: Indices, logps: Floats, known: Flo
         raise RunError(
             f"reference {job.model.name_or_path}: log-prob of {name(bad[0])} is {logps[bad[0]]}; the model's weights are broken"
         )
-    stored = known[responses]
     tolerance = probe_tolerance(job.dtype, rows.response_lengths()[responses])
     off = np.flatnonzero(np.abs(logps - stored) > tolerance)
     if len(off):
@@ -179,7 +186,7 @@ def _check_answers(rows: RowCache, responses: Indices, logps: Floats, known: Flo
         )
 
 
-def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.floating[Any]]:
     """Largest difference in nats that another batch shape may cause in a summed log-prob of so many tokens."""
     return 1e-3 + 1e-4 * tokens if dtype == "float32" else 0.5 + 0.02 * tokens
 
@@ -223,9 +230,6 @@ def require_same_tokens(policy: Any, reference: Any, name: str) -> None:
     """Log-probs of two models compare only over the same token ids. Raises InputError."""
     if policy.get_vocab() != reference.get_vocab():
         raise InputError(
-            f"reference.name_or_path {name}: its tokenizer maps tokens to other ids than the policy's; a reference must share the vocabulary"
+            f"reference.name_or_path {name}: its tokenizer maps tokens to other ids than the policy's; a reference must share"
+            " the vocabulary"
         )
-
-
-def store_folder(root: str) -> Path:
-    return Path(root).absolute()

@@ -10,6 +10,7 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class _PartView:
         return Row(
             row_id=self.table["row_id"][i].as_py(),
             prompt_ids=self.prompt_ids[self.prompt_offsets[i] : self.prompt_offsets[i + 1]],
-            response_ids=[self.response_ids[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)],
+            response_ids=[self.response_ids[a:b] for a, b in pairwise(bounds)],
             response_scores=self.scores[first:last],
             weight=self.table["weight"][i].as_py(),
             columns=dict(columns),

@@ -194,25 +194,32 @@ def _filesystem(spec: str) -> tuple[Any, str]:
 
 @contextmanager
 def _lookup(spec: str) -> Iterator[None]:
-    """Turns what a file system raises while files are looked up into one message of one line."""
+    """Turns what a file system raises while files are looked up or opened into one message of one line."""
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"{spec}: nothing there ({_line(error)}); check the path, and the login if private") from error
+        if spec.startswith("http") and isinstance(error.__cause__, OSError):  # fsspec's answer to no connection, too
+            raise _no_access(spec, error.__cause__) from error
+        advice = "check the path, which every node needs, and for a private one the login"
+        raise InputError(f"{spec}: nothing there ({_line(error)}); {advice}") from error
     except PermissionError as error:
         raise InputError(f"{spec}: access refused ({_line(error)}); give read permission or credentials") from error
     except (InputError, RunError):
         raise
     except Exception as error:  # every store has its own classes for a server that cannot be reached
-        reason = f"{type(error).__name__}: {_line(error)}"
-        raise RunError(f"{spec}: lookup failed ({reason}); check network and credentials, then run again") from error
+        raise _no_access(spec, error) from error
 
 
-def _line(error: Exception) -> str:
+def _no_access(spec: str, error: BaseException) -> RunError:
+    reason = f"{type(error).__name__}: {_line(error)}"
+    return RunError(f"{spec}: no access ({reason}); check network and credentials, then run again")
+
+
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-# --- What is in a file ---
+# --- Their records ---
 
 
 def iterate(source: SourceFile, batch_size: int) -> Iterator[list[tuple[int, RawRecord | BadRow]]]:
@@ -242,40 +249,47 @@ def iterate(source: SourceFile, batch_size: int) -> Iterator[list[tuple[int, Raw
 
 def _opened(source: SourceFile) -> io.RawIOBase:
     filesystem, path = _filesystem(source.path)
-    try:
-        return _Delivery(filesystem.open(path, "rb"), source.path)
-    except (FileNotFoundError, PermissionError) as error:
-        advice = "every node that reads data needs it, so use shared or object storage"
-        raise InputError(f"{source.path}: cannot be opened ({_line(error)}); {advice}") from error
+    # Over HTTP, one request for the whole file: reading in blocks would need a server that serves ranges.
+    stream = {"block_size": 0} if source.path.startswith("http") and source.kind != "parquet" else {}
+    with _lookup(source.path):
+        return _Delivery(filesystem.open(path, "rb", **stream), source.path)
 
 
 class _Delivery(io.RawIOBase):
-    """A file whose failure to deliver bytes is a RunError, so that any other error is about the bytes."""
+    """A file whose store reports its failures as RunError or InputError, so that any other error is about the bytes."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
         self._file = file
         self._path = path
 
-    def readable(self) -> bool:
-        return True
-
     def readinto(self, buffer: Any) -> int:
-        try:
+        with self._delivering():
             content = self._file.read(len(buffer))
-        except Exception as error:  # every store has its own classes for a lost connection
-            reason = f"{type(error).__name__}: {_line(error)}"
-            raise RunError(f"{self._path}: reading stopped ({reason}); run the same command again") from error
         buffer[: len(content)] = content
         return len(content)
 
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
+        with self._delivering():
+            return self._file.seek(offset, whence)
+
+    @contextmanager
+    def _delivering(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # fsspec on a web server that only serves whole files
+            raise InputError(f"{self._path}: only readable as a whole ({_line(error)}); download it first") from error
+        except Exception as error:  # every store has its own classes for a lost connection
+            reason = f"{type(error).__name__}: {_line(error)}"
+            raise RunError(f"{self._path}: reading stopped ({reason}); run the same command again") from error
 
     def tell(self) -> int:
         return self._file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
     def close(self) -> None:
         self._file.close()

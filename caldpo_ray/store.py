@@ -82,6 +82,30 @@ class ReferenceStore:
         write_atomically(self.folder / f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
 
 
+@dataclass(frozen=True)
+class Distinct:
+    """Equal (prompt, response) token ids count once, so that every occurrence has the same log-prob to the last bit.
+
+    `digests` [u] are unique; `of_response` [n] numbers the digest of each response; `first` [u] is where it first occurs.
+    """
+
+    digests: Digests
+    of_response: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+
+
+def distinct_responses(digests: Digests) -> Distinct:
+    """Number the distinct digests of [n] responses."""
+    words = _words(digests)
+    order = np.lexsort((words[:, 1], words[:, 0]))
+    ordered = digests[order]
+    new = np.ones(len(ordered), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    of_response = np.empty(len(digests), np.int64)
+    of_response[order] = np.cumsum(new) - 1
+    return Distinct(ordered[new], of_response, order[new])
+
+
 def join(wanted: Digests, digests: Digests, logps: Floats) -> Floats:
     """[n] log-probs of the wanted digests, NaN where unknown; `digests` sorted as `load` returns them.
 

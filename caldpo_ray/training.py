@@ -307,7 +307,7 @@ class PolicyWorker:
         flat = [tensor.to(torch.float64).reshape(-1).to(self.device) for name in names for tensor in totals[name]]
         joined = torch.cat(flat)
         dist.all_reduce(joined)
-        pieces = iter(joined.split([len(piece) for piece in flat]))
+        pieces = iter(torch.split(joined, [len(piece) for piece in flat]))
         return {
             name: (next(pieces).reshape(totals[name][0].shape), next(pieces).reshape(totals[name][1].shape))
             for name in names

@@ -98,7 +98,7 @@ def f_dpo_clamped(h_w: Tensor, h_l: Tensor, *, divergence: str, alpha: float | N
 def cpo(p_w: Tensor, p_l: Tensor, n_w: Tensor, *, beta: float, nll_weight: float) -> Terms:
     """-log σ(β(p_w - p_l)) - weight·p_w/n_w.
 
-    CPO, arXiv 2401.08417, Eq. 5 and fe1ixxu/ALMA: sums in the sigmoid, the mean over tokens in the likelihood term.
+    CPO, arXiv 2401.08417, as in fe1ixxu/ALMA: sums in the sigmoid, the mean over tokens in the likelihood term.
     """
     return {"contrastive": -logsigmoid(beta * (p_w - p_l)), "nll": -nll_weight * p_w / n_w}
 

@@ -144,5 +144,6 @@ def _row_terms(
     paired = any(name.endswith("_l") for name in names)
     pairs = all_pairs(lengths, columns["response_scores"]) if paired else first_responses(lengths)
     take = {"w": pairs.take_chosen, "l": pairs.take_rejected}
+    # "h_w" reads as quantity h on side w.
     vectors = {name: take[name[2]](quantities[name[0]]) for name in names}
     return {term: pairs.row_means(values) for term, values in function(**vectors, **parameters).items()}

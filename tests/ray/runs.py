@@ -41,7 +41,9 @@ class Run:
 
     def lines(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        return (
+            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+        )
 
     def wait_for_step(self, step: int) -> None:
         def reached() -> bool:

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.ray
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:
     return write_config(
-        tmp_path_factory.mktemp("spine"), world, train={"epochs": 4, "save_every": 5}, data={"eval": str(world / "eval.jsonl")}
+        tmp_path_factory.mktemp("spine"),
+        world,
+        train={"epochs": 4, "save_every": 5},
+        data={"eval": str(world / "eval.jsonl")},
     )
 
 

@@ -58,7 +58,7 @@ def test_shared_prefix_mask() -> None:
     mask = shared_prefix_mask(torch.tensor([[PROMPT, PROMPT, 1, 1, 2], [PROMPT, 1, PADDING, PADDING, PADDING]]))
     assert mask.int().tolist() == [
         [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]],
-        [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]],
+        [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]],
     ]
 
 

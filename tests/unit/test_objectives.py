@@ -483,6 +483,7 @@ def hinge(policy_logps, reference_logps, lengths, *, beta):
     return torch.relu(1 - beta * (h[:, 0] - h[:, 1]))
 
 def soft(policy_logps, reference_logps, lengths, *, beta, soft_label, response_scores):
+    assert reference_logps is None
     logits = beta * (policy_logps[:, 0] - policy_logps[:, 1])
     scored = response_scores[:, 0] - response_scores[:, 1]
     return {"pull": -soft_label * logits, "score": scored.to(logits.dtype)}
@@ -531,7 +532,7 @@ def test_own_function_gets_the_columns_it_asks_for():
     own = get_objective("own_losses:soft", beta=0.5, needs_reference=False, min_responses=3)
     scores, label = torch.tensor([[2.0, 1.0], [3.0, 0.0]]), torch.tensor([0.7, 0.6])
     batch = POLICY[:, :2], None, LENGTHS[:, :2]
-    output = own(*batch, response_scores=scores, soft_label=label, other=label)
+    output = own(POLICY[:, :2], REFERENCE[:, :2], LENGTHS[:, :2], response_scores=scores, soft_label=label, other=label)
     assert output.losses.tolist() == pytest.approx([-0.7 * 0.5 * 15.5 + 1, -0.6 * 0.5 * 9 + 3])
     assert (own.needs_reference, own.min_responses) == (False, 3)
     with pytest.raises(ValueError, match=r"own_losses:soft: missing a required argument: 'soft_label'.*add the column"):

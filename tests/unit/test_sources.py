@@ -320,7 +320,7 @@ def test_damage_anywhere_is_a_bad_row_or_one_message(tmp_path: pathlib.Path, kin
 def test_a_file_that_is_gone(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path, "a.jsonl", b"{}\n")
     os.unlink(source.path)
-    assert broken_after(source, "every node that reads data needs it") == []
+    assert broken_after(source, "nothing there .*which every node needs") == []
 
 
 # --- Memory ---
@@ -357,7 +357,7 @@ def test_reading_50_mb_takes_the_memory_of_a_batch(tmp_path: pathlib.Path, kind:
     with python_memory(2 * 2**20):
         for batch in iterate(source, 10):
             records += len(batch)
-            assert pa.total_allocated_bytes() - before < 2**20  # of the decompressor
+            assert pa.total_allocated_bytes() - before < 2 * 2**20  # of the decompressor
     assert records == 1000
 
 

@@ -1,5 +1,6 @@
 """Sources behind a network, against servers in this process: S3 (moto), a small dataset hub, plain HTTP."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ import pytest
 
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import iterate, list_sources
+from caldpo_ray.sources import SourceFile, iterate, list_sources
 
 RECORDS = [{"prompt": f"p{i} 好", "chosen": "a" * i, "rejected": "b"} for i in range(50)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -41,7 +42,7 @@ class Server(BaseHTTPRequestHandler):
     """Serves ``files`` by path, in ranges unless told otherwise."""
 
     protocol_version = "HTTP/1.1"
-    files: dict[str, bytes]
+    files: ClassVar[dict[str, bytes]]
     ranges = True
     cut = False  # ends every body half way
 
@@ -54,7 +55,9 @@ class Server(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "HEAD":
+            return
+        with contextlib.suppress(ConnectionError):  # the reader may have had enough
             self.wfile.write(body[: len(body) // 2] if self.cut else body)
         self.close_connection = self.cut
 
@@ -76,14 +79,17 @@ class Server(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
 
+@contextlib.contextmanager
 def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 # --- S3 ---
@@ -154,7 +160,7 @@ def test_s3_object_that_vanished_after_listing(s3: Any) -> None:
     [source] = list_sources("s3://data/gone.jsonl")
     s3.rm_file("data/gone.jsonl")
     s3.invalidate_cache()
-    with pytest.raises(InputError, match=r"s3://data/gone\.jsonl: cannot be opened"):
+    with pytest.raises(InputError, match=r"s3://data/gone\.jsonl: nothing there"):
         list(iterate(source, 1))
 
 
@@ -168,7 +174,13 @@ def test_s3_nothing_there(s3: Any, spec: str) -> None:
 
 
 class Plain(Server):
-    files = {"/a.jsonl.gz": gzip.compress(LINES), "/b.parquet": parquet(RECORDS), "/c.csv": b"a,b\n1,2\n"}
+    files: ClassVar = {
+        "/a.jsonl.gz": gzip.compress(LINES),
+        "/b.parquet": parquet(RECORDS),
+        "/c.csv": b"a,b\n1,2\n",
+        "/large/b.parquet": parquet([{"a": os.urandom(60_000)} for _ in range(100)]),
+        "/large.jsonl": (json.dumps({"a": "x" * 100_000}) + "\n").encode() * 80,  # more than a block of fsspec
+    }
 
 
 class WithoutRanges(Plain):
@@ -181,17 +193,20 @@ class Interrupted(Plain):
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[str]:
-    yield from serve(Plain)
+    with serve(Plain) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def without_ranges() -> Iterator[str]:
-    yield from serve(WithoutRanges)
+    with serve(WithoutRanges) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def interrupted() -> Iterator[str]:
-    yield from serve(Interrupted)
+    with serve(Interrupted) as url:
+        yield url
 
 
 def test_http(plain: str) -> None:
@@ -212,13 +227,24 @@ def test_http_fingerprint_follows_the_content(plain: str, monkeypatch: pytest.Mo
 
 def test_http_server_without_ranges(without_ranges: str) -> None:
     assert read(f"{without_ranges}/a.jsonl.gz") == RECORDS
-    with pytest.raises(InputError, match="Parquet needs a server that serves ranges; download the file first"):
-        read(f"{without_ranges}/b.parquet")
+    assert read(f"{without_ranges}/large.jsonl") == [{"a": "x" * 100_000}] * 80
+    with pytest.raises(InputError, match=r"b\.parquet: only readable as a whole .*; download it first"):
+        read(f"{without_ranges}/large/b.parquet")
 
 
 def test_a_lost_connection_can_be_tried_again(interrupted: str) -> None:
-    with pytest.raises(RunError, match=r"a\.jsonl\.gz: reading stopped \(ClientPayloadError.*run the same command again"):
+    message = r"a\.jsonl\.gz: reading stopped \(ClientPayloadError.*run the same command again"
+    with pytest.raises(RunError, match=message):
         read(f"{interrupted}/a.jsonl.gz")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_server_that_does_not_answer_can_be_tried_again(kind: Literal["csv", "parquet"]) -> None:
+    url = f"http://127.0.0.1:1/a.{kind}"
+    with pytest.raises(RunError, match=r"no access .*check network"):
+        list_sources(url)
+    with pytest.raises(RunError, match=r"no access .*check network"):
+        list(iterate(SourceFile(url, kind, None, None, fingerprint=""), 1))
 
 
 # --- Hub ---
@@ -290,37 +316,38 @@ ASK = """
 import json, sys
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import iterate, list_sources
+from caldpo_ray.sources import SourceFile, iterate, list_sources
 
 def answer(spec):
     try:
         sources = list_sources(spec)
-        rows = [(n, str(r) if isinstance(r, BadRow) else r) for s in sources for batch in iterate(s, 7) for n, r in batch]
+        items = [item for source in sources for batch in iterate(source, 7) for item in batch]
+        rows = [(line, str(record) if isinstance(record, BadRow) else record) for line, record in items]
     except (InputError, RunError) as error:
         return type(error).__name__, str(error)
-    return [s.path for s in sources], [s.fingerprint for s in sources], rows
+    return [source.path for source in sources], [source.fingerprint for source in sources], rows
 
 json.dump({spec: answer(spec) for spec in sys.argv[1:]}, sys.stdout)
 """
 
 
-def ask(endpoint: str, home: pathlib.Path, *specs: str) -> dict[str, Any]:
+def ask(endpoint: str, home: pathlib.Path, *specs: str, **more: str) -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"} | more
     done = subprocess.run([sys.executable, "-c", ASK, *specs], env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     specs = [
         "hub:org/rows", "hub:org/rows:test", "hub:org/rows:dev", "hub:org/prefs", "hub:org/prefs:train_prefs",
         "hub:org/two", "hub:org/text", "hub:org/empty", "hub:org/missing",
         "hf://datasets/org/rows/data/test*.parquet", "hf://datasets/org/rows", "hf://datasets/org/missing/a.jsonl",
     ]  # fmt: skip
-    for endpoint in serve(Hub):
-        yield ask(endpoint, tmp_path_factory.mktemp("hub"), *specs)
+    with serve(Hub) as endpoint:
+        return ask(endpoint, tmp_path_factory.mktemp("hub"), *specs)
 
 
 def test_hub_dataset_is_read_by_split_at_a_commit(hub: dict[str, Any]) -> None:
@@ -368,7 +395,8 @@ def test_hub_datasets_that_cannot_be_used(hub: dict[str, Any], spec: str, messag
 
 
 def test_hub_that_cannot_be_reached(tmp_path: pathlib.Path) -> None:
-    answers = ask("http://127.0.0.1:1", tmp_path, "hub:org/rows", "hf://datasets/org/rows/a.jsonl")
-    for kind, text in answers.values():
+    refused = ask("http://127.0.0.1:1", tmp_path, "hf://datasets/org/rows/a.jsonl")
+    offline = ask("http://127.0.0.1:1", tmp_path, "hub:org/rows", HF_HUB_OFFLINE="1")
+    for kind, text in (refused | offline).values():
         assert kind == "RunError"
         assert "check network and" in text
