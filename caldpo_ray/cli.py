@@ -32,6 +32,87 @@ def train(
     run(config, overrides or [], fresh=fresh, verbose=verbose)
 
 
+@app.command()
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", help="Rows to show.", min=1)] = 3,
+) -> None:
+    """Show how rows become tokens and which tokens are scored."""
+    from rich.console import Console
+
+    from caldpo_ray.config import load_config
+    from caldpo_ray.plan import sample_rows
+    from caldpo_ray.preview import preview as render
+
+    sample, tokenizer = sample_rows(load_config(config, overrides or []), count)
+    Console(soft_wrap=True).print(render(sample.rows, tokenizer))
+    for reason, number in sample.bad.most_common():
+        typer.echo(f"{number} rows before the last one shown cannot be used: {reason}")
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Check config, a sample of the data, memory, resources and labels; start nothing."""
+    from caldpo_ray.config import load_config
+    from caldpo_ray.pipeline import connect
+    from caldpo_ray.plan import plan as look
+
+    resolved = load_config(config, overrides or [])
+    connect(verbose)
+    for line in look(resolved):
+        typer.echo(line)
+
+
+Store = Annotated[Path, typer.Option("--store", help="Folder of the reference store.")]
+DEFAULT_STORE = Path("runs/.cache/reference")
+
+
+@reference_app.command("build")
+def reference_build(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Score all rows of a config into its store, without training."""
+    from caldpo_ray.config import load_config
+    from caldpo_ray.pipeline import build_reference
+
+    build_reference(load_config(config, overrides or []), verbose)
+
+
+@reference_app.command("verify")
+def reference_verify(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", help="Responses to score again.", min=1)] = 64,
+    verbose: Verbose = False,
+) -> None:
+    """Check the store's checksums and score random rows again."""
+    from caldpo_ray.config import load_config
+    from caldpo_ray.pipeline import verify_reference
+
+    verify_reference(load_config(config, overrides or []), count, verbose)
+
+
+@reference_app.command("list")
+def reference_list(store: Store = DEFAULT_STORE) -> None:
+    """What the store holds: one line per reference."""
+    from caldpo_ray.store import list_references
+
+    found = list_references(store)
+    for entry in found:
+        size = f"{entry['entries']} responses, {entry['bytes'] / 2**20:.1f} MiB"
+        typer.echo(f"{entry['key']}  {size:28s} {entry['dtype']:9s} {entry['model']}")
+    if not found:
+        typer.echo(f"no reference in {store}")
+
+
+@reference_app.command("remove")
+def reference_remove(key: Annotated[str, typer.Argument(metavar="KEY")], store: Store = DEFAULT_STORE) -> None:
+    """Delete one reference's log-probs."""
+    from caldpo_ray.store import remove_reference
+
+    remove_reference(store, key)
+    typer.echo(f"removed {key} from {store}")
+
+
 @world_app.command("create")
 def world_create(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],

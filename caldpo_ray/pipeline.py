@@ -5,13 +5,13 @@ Every stage knows its own input; only this module knows their order. `train` ret
 
 import json
 import os
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import caldpo_ray
+import numpy as np
+
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.errors import InputError, RunError, find_error
@@ -21,10 +21,17 @@ from caldpo_ray.models import ResolvedModel, load_tokenizer, resolve_model
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import Watcher, say
-from caldpo_ray.reference import ReferenceJob, reference_model, require_same_tokens
+from caldpo_ray.reference import (
+    ReferenceJob,
+    ReferenceProgress,
+    probe_tolerance,
+    reference_logps,
+    reference_model,
+    require_same_tokens,
+)
 from caldpo_ray.rows import RowCache, write_atomically
 from caldpo_ray.run_dir import RunDir, changed_execution_keys, identity_digest, open_run_dir, read_metrics
-from caldpo_ray.store import ReferenceStore, store_key
+from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
 
 CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
 
@@ -66,7 +73,8 @@ def train(
         say(f"changed since the last attempt: {change}")
     run.write_status("running", None, "", identity)
     try:
-        prepared = prepare(config, run, verbose)
+        connect(verbose)
+        prepared = prepare(config, run)
         fit(prepared)
         finish(prepared)
     except KeyboardInterrupt:
@@ -79,16 +87,16 @@ def train(
     return run
 
 
-def prepare(config: Config, run: RunDir, verbose: bool) -> Prepared:
+def prepare(config: Config, run: RunDir) -> Prepared:
     """Models resolved, rows tokenised, store opened, resources checked."""
     objective = get_objective(**config.objective.model_dump())
     say(objective.describe())
-    connect(verbose)
     cache = Path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
     facts = [build_rows(source, config.data, model, cache / "rows", objective.min_responses) for source in sources]
+    run.path.mkdir(parents=True, exist_ok=True)
     write_run_quarantine(facts, run.quarantine)
     for source, fact in zip(sources, facts, strict=True):
         reused = ", tokenised earlier" if fact.reused else ""
@@ -137,6 +145,66 @@ def _reference_job(config: Config, run: RunDir, policy: ResolvedModel, cache: Pa
         facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.digest, "dtype": dtype}
         store = ReferenceStore.create(Path(settings.store).absolute(), key, facts)
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), dtype, settings, store)
+
+
+def build_reference(config: Config, verbose: bool = False) -> None:
+    """Fill the reference store for this config's rows without training. Raises InputError when there is no store."""
+    prepared = _prepare_reference(config, verbose)
+    assert prepared.job is not None
+    progress = ReferenceProgress()
+    order = np.arange(prepared.num_train + prepared.num_eval)
+    for _ in _translated(reference_logps(prepared.job, prepared.folders, order, progress)):
+        say(f"reference: {progress.joined} joined, {progress.scored} scored of {progress.wanted} distinct responses")
+    assert prepared.job.store is not None
+    say(f"reference: complete in {prepared.job.store.folder}")
+
+
+def verify_reference(config: Config, count: int, verbose: bool = False) -> None:
+    """Check every part of the store and score `count` random rows again. Raises RunError when a value differs."""
+    prepared = _prepare_reference(config, verbose)
+    job = prepared.job
+    assert job is not None and job.store is not None
+    rows = RowCache(prepared.folders)
+    distinct = distinct_responses(rows.digests())
+    stored = join(distinct.digests, *job.store.load())
+    known = np.flatnonzero(~np.isnan(stored))
+    if not len(known):
+        raise InputError(f"reference store {job.store.folder}: holds none of this config's responses; build it first")
+    chosen = np.random.default_rng(config.run.seed).choice(known, min(count, len(known)), replace=False)
+    places = np.unique(np.searchsorted(rows.first_response, distinct.first[chosen], side="right") - 1)
+    off, compared = 0.0, 0
+    for numbers, logps in _translated(
+        reference_logps(replace(job, store=None), prepared.folders, places, ReferenceProgress())
+    ):
+        both = ~np.isnan(stored[numbers])
+        compared += int(both.sum())
+        off = max(off, float(np.abs(logps - stored[numbers])[both].max(initial=0.0)))
+        allowed = probe_tolerance(job.dtype, rows.response_lengths()[distinct.first[numbers]])
+        if (np.abs(logps - stored[numbers]) > allowed)[both].any():
+            raise RunError(
+                f"reference store {job.store.folder}: a stored log-prob is off by {off:.4f} nats; remove it with"
+                f" `caldpo reference remove {job.store.folder.name}`"
+            )
+    say(
+        f"reference {job.store.folder.name}: checksums good, {compared} responses scored again, largest difference {off:.2g} nats"
+    )
+
+
+def _prepare_reference(config: Config, verbose: bool) -> Prepared:
+    if not config.objective.needs_reference:
+        raise InputError(f"objective.name = {config.objective.name}: needs no reference")
+    if config.reference.store is None:
+        raise InputError("reference.store is null: there is no store to fill or verify; give a folder")
+    connect(verbose)
+    return prepare(config, RunDir(Path(config.run_dir).absolute()))
+
+
+def _translated(answers: Iterator[Any]) -> Iterator[Any]:
+    """The same values; an error that crossed Ray comes out as ours."""
+    try:
+        yield from answers
+    except Exception as error:
+        raise find_error(error) or RunError(f"the reference stage stopped: {_last_line(error)}") from error
 
 
 def fit(prepared: Prepared) -> None:
@@ -269,7 +337,3 @@ def finish(prepared: Prepared) -> None:
     if evaluations:
         write_atomically(run.eval, json.dumps(evaluations[-1], indent=1))
     say(f"done: model in {run.model}")
-
-
-def stamp() -> str:
-    return f"{caldpo_ray.__version__} {time.strftime('%Y-%m-%d')}"

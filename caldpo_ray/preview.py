@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 SHOWN_AT_EACH_END = 100  # tokens; the middle of a longer prompt or response is left out
 PART_OF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-MOST_TOKENS_PER_CHARACTER = 4  # as UTF-8 has bytes
 
 PROMPT, SCORED, FACTS = "dim", "green", "bold"  # styles
 
@@ -82,10 +81,9 @@ def _ends(ids: list[int]) -> tuple[list[int], int, list[int]]:
 def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
     """Each token as text on one line; tokens that share a character come together."""
     group: list[int] = []
-    for position, token in enumerate(ids):
+    for position, token in enumerate(ids, start=1):
         group.append(token)
         piece: str = tokenizer.decode(group)
-        whole = PART_OF_CHARACTER not in piece or len(group) == MOST_TOKENS_PER_CHARACTER
-        if whole or position == len(ids) - 1:
+        if not piece.endswith(PART_OF_CHARACTER) or position == len(ids):
             yield piece.replace("\n", "\\n")
             group = []

@@ -132,14 +132,16 @@ def _chat_texts(
 ) -> _Texts:
     """Prompt and responses as the chat template writes them.
 
-    A placeholder answer shows what the template writes before and after an answer. After it: the end of turn, which is
-    kept, and perhaps a newline, which no model is asked to produce and which goes. Before it: usually the generation
+    A placeholder answer shows what the template writes before and after an answer. Before it: usually the generation
     prompt. Where that asks for more than the template then writes (a thinking block that finished conversations do not
-    show), the prompt ends where the two part; where it says something else, the row is refused.
+    show), the prompt ends where the two part; where it says something else, the row is refused. After it: see
+    :func:`_end_of_turn`.
     """
     render = partial(_render, tokenizer, chat_template)
     wholes = [render([*prompt, *answer]) for answer in answers]
-    before, _, after = render([*prompt, *_assistant(ANSWER)]).rpartition(ANSWER)
+    before, found, after = render([*prompt, *_assistant(ANSWER)]).rpartition(ANSWER)
+    if not found:
+        raise ValueError("the chat template does not write the answer (it may be one for images)")
     opened = render(prompt, open_answer=True)
     if not all(whole.startswith(opened) for whole in wholes) and opened.startswith(before):
         opened = before
@@ -147,13 +149,23 @@ def _chat_texts(
         raise ValueError("the chat template writes an answered prompt differently from the prompt alone")
 
     bodies = [whole[len(opened) : len(whole) - len(after)] for whole in wholes]
-    end_of_turn = after.strip()
+    end = _end_of_turn(after, tokenizer)
     for body, answer in zip(bodies, answers, strict=True):
-        _check_answer(body, {end_of_turn, tokenizer.eos_token} - {""} if len(answer) == 1 else set())
+        _check_answer(body, {end.strip(), tokenizer.eos_token} - {""} if len(answer) == 1 else set())
     unanswered = render(prompt)
     header = opened.removeprefix(unanswered) if opened.startswith(unanswered) else ""
-    responses = [body + after.rstrip() for body in bodies]
-    return _Texts(opened, header, responses, templated=True, closed=bool(end_of_turn))
+    return _Texts(opened, header, [body + end for body in bodies], templated=True, closed=bool(end))
+
+
+def _end_of_turn(after: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What of a template's text after an answer is the model's to write: all but trailing whitespace.
+
+    A template may end the whole conversation with EOS after the end of the turn (Phi-3: "<|end|>", newline, EOS), which
+    generation never reaches: where several words follow and the first is a token of its own, it alone stays.
+    """
+    end = after.rstrip()
+    first, *others = end.split() or [""]
+    return end[: end.index(first) + len(first)] if others and first in tokenizer.get_added_vocab() else end
 
 
 def _assistant(text: str) -> list[Message]:

@@ -29,6 +29,7 @@ from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
@@ -89,14 +90,18 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
     del partitioner
 
 
-def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
-    """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
+def build_engine(config: Config, model: ModelSection, device: torch.device, universal: bool) -> Any:
+    """A DeepSpeed engine whose module is the shared `ResponseScorer`; `universal` if it will load a converted checkpoint."""
     import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
 
     from caldpo_ray.models import add_lora, load_model
     from caldpo_ray.scoring import ResponseScorer, choose_layout
 
+    # Before anything is partitioned: DeepSpeed reads the world size from its own wrapper of the process group.
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config(config, dist.get_world_size())
+    if universal:
+        settings["checkpoint"] = {"load_universal": True}
     with partitioned_loading(settings):
         policy = load_model(model, config.model.dtype)
         if config.model.lora is not None:
@@ -125,12 +130,20 @@ class PolicyWorker:
         self.schedules: dict[SplitName, Schedule] = schedules(self.config, settings["num_train"], settings["num_eval"])
         self.objective: Objective = get_objective(**self.config.objective.model_dump())
         self.attempt = self._agree_on_attempt()
-        self.engine = build_engine(self.config, ModelSection.model_validate(settings["model"]), self.device)
+        self.checkpoint = ray.train.get_checkpoint()
+        self.state = self._read_checkpoint()
+        stage = self.config.train.deepspeed.zero_stage
+        self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
+        model = ModelSection.model_validate(settings["model"])
+        self.engine = build_engine(self.config, model, self.device, self.universal)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
         self.evaluated: dict[str, float] = {}
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0}
+        self.loggers: list[Logger] = []
+        if self.rank == 0:
+            self.loggers = open_loggers(self.config.loggers, self.run.path, settings["config"], settings["identity"])
 
     def _agree_on_attempt(self) -> int:
         """Later groups get higher numbers, also after the feed was restarted."""
@@ -160,24 +173,26 @@ class PolicyWorker:
 
     def resume(self) -> tuple[int, float | None]:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
-        found = ray.train.get_checkpoint()
-        state = None
-        if found is not None:
-            with found.as_directory() as folder:
-                state = checkpoint.read_state(Path(folder))
-                self._require_same_run(state)
-                stage = self.config.train.deepspeed.zero_stage
-                checkpoint.load(self.engine, Path(folder), checkpoint.needs_universal(state, self.world_size, stage))
+        if self.checkpoint is not None:
+            with self.checkpoint.as_directory() as folder:
+                checkpoint.load(self.engine, Path(folder), self.universal)
+        state = self.state
         if self.rank == 0:
             truncate_metrics(self.run.metrics, state.step if state else 0)
         return (state.step, state.best_metric) if state else (0, None)
 
-    def _require_same_run(self, state: TrainerState) -> None:
+    def _read_checkpoint(self) -> TrainerState | None:
+        """Where the newest checkpoint of this run stands, if there is one. Raises InputError when it is another run's."""
+        if self.checkpoint is None:
+            return None
+        with self.checkpoint.as_directory() as folder:
+            state = checkpoint.read_state(Path(folder))
         expected = (self.settings["identity"], self.settings["reference_key"])
         if (state.identity, state.reference_key) != expected:
             raise InputError(
                 f"run directory {self.run.path}: its checkpoint belongs to another config or reference; choose another run.name"
             )
+        return state
 
     def train_step(self, step: int) -> dict[str, Any]:
         """One optimiser step over one global batch; the metrics line on rank 0 of logged steps."""
@@ -336,6 +351,8 @@ class PolicyWorker:
 
     def write(self, line: dict[str, Any]) -> None:
         append_metrics(self.run.metrics, line)
+        for log in self.loggers:
+            log(line["step"], scalars(line))
         self.feed.record.remote(self.attempt, line)
 
     def _check_start(self, micro_batch: MicroBatch, gap: Tensor) -> None:

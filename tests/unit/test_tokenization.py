@@ -55,6 +55,10 @@ THINKING = (  # asks for a thinking block that an answered conversation does not
     "{{ bos_token }}{% for m in messages %}<|head|>{{ m['role'] }}<|tail|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|tail|><think>\n{% endif %}"
 )
+PHI3 = (  # ends the conversation as well as the turn
+    "{% for m in messages %}<|head|>{{ m['role'] }}<|tail|>\n{{ m['content'] }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|head|>assistant<|tail|>\n{% else %}{{ eos_token }}{% endif %}"
+)
 
 
 def wrap(tokenizer, **special):
@@ -256,8 +260,16 @@ def test_the_rest_of_the_row():
         (ZEPHYR, "<|user|>\nq</s>\n<|assistant|>\n", "yes</s>", " no</s>"),
         (UNCLOSED, "### user:\nq\n\n### assistant:\n", "yes</s>", " no</s>"),
         (THINKING, "<s><|head|>user<|tail|>q</s><|head|>assistant<|tail|>", "yes</s>", " no</s>"),
+        (PHI3, "<|head|>user<|tail|>\nq<|eot|>\n<|head|>assistant<|tail|>\n", "yes<|eot|>", " no<|eot|>"),
+        (
+            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }} (end of turn){{ eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}",
+            "[user]q (end of turn)</s>[assistant]",
+            "yes (end of turn)</s>",
+            " no (end of turn)</s>",
+        ),
     ],
-    ids=["chatml", "llama3", "zephyr", "unclosed", "thinking"],
+    ids=["chatml", "llama3", "zephyr", "unclosed", "thinking", "phi3", "words"],
 )
 def test_template_boundary_and_one_end_of_turn(template, prompt, yes, no):
     tokenizer = with_template(byte_bpe(bos_token="<s>", chat_template=template), "<s> $A")
@@ -307,6 +319,7 @@ def test_template_of_the_config_wins():
         (LLAMA3, ["a<|eot|>"], "a response contains the end of a turn"),
         (LLAMA3, ["a</s>"], "a response contains the end of a turn"),
         ("{{ raise_exception('roles must alternate') }}", ["a"], "the chat template refuses the conversation: roles"),
+        ("{{ messages[0]['content'] }}", ["a"], "the chat template does not write the answer"),
         ("{{ messages | length }}" + CHATML, ["a"], "the chat template writes an answered prompt differently"),
         (
             CHATML.replace("<|im_end|>", "{% if loop.index < 3 %}<|im_end|>{% endif %}"),

@@ -1,0 +1,311 @@
+"""Held-out metrics of a run, or of any model, written as `eval.json`.
+
+Policy and reference are both scored by the actor pool of `reference.py`: the forward pass of training and, for the
+reference, its store, so that nothing is scored twice. The policy of a run on the embedded world is sampled and judged too.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from caldpo_ray.batching import Indices
+from caldpo_ray.config import Config, load_config
+from caldpo_ray.data import build_rows
+from caldpo_ray.errors import InputError, RunError, find_error
+from caldpo_ray.export import read_model_manifest, resolve_weights
+from caldpo_ray.feed import split_rows
+from caldpo_ray.held_out import HeldOut, measure, summarise, write_scores
+from caldpo_ray.metrics import merge
+from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, load_tokenizer
+from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
+from caldpo_ray.objectives import get_objective
+from caldpo_ray.pipeline import connect
+from caldpo_ray.placement import require_placeable
+from caldpo_ray.progress import say
+from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps, reference_model, require_same_tokens
+from caldpo_ray.rows import RowCache, write_atomically
+from caldpo_ray.run_dir import RunDir, read_metrics
+from caldpo_ray.schema import Floats
+from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
+from caldpo_ray.world import is_world
+
+
+def evaluate(
+    run_or_model: str | Path,
+    *,
+    data: str | None = None,
+    reference: str | None = None,
+    beta: float | None = None,
+    scores: str | Path | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    num_samples: int = 1000,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Metrics of the model of a run directory, or of a model folder or hub id, on held-out rows.
+
+    `data` defaults to the run's `data.eval`; `reference` and `beta` to the run's, or to those that `caldpo.json` in the model
+    folder names. A model that names no objective and is given no `reference` gets the metrics that need neither, and its
+    `rewards/*` are mean token log-probs; with a `reference` it is measured as by DPO, and so is a model whose objective has
+    none. `overrides` are `key=value` of the config: resources of the pool, lengths, format and the like.
+
+    Returns, and writes as `eval.json` (in the run, the model folder, or the folder `output`): the metrics of training's
+    evaluation, `counts` of the rows behind each (tokens for `nll`), the 95 % interval of the accuracy, and on the embedded
+    world `world/*` from `num_samples` samples (see `sampling.sample_world`). The file `scores` gets one JSON line per
+    response. Raises InputError for bad input and RunError when scoring fails.
+    """
+    subject = _asked_for(_open(Path(run_or_model), data, overrides), reference, beta, output)
+    config = subject.config
+    objective = get_objective(**subject.parameters.model_dump()) if subject.parameters else None
+    _require_writable(subject.home)
+    policy = _resolve(subject.policy, subject)
+    frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
+    connect(verbose)
+    require_placeable(_without_workers(config), True)
+    source, folder, numbers = _held_out(subject, policy)
+    on_world = any(is_world(Path(name).parent) for name in (source, config.data.train))
+    sampling = _start_sampling(policy, frozen, num_samples, config.run.seed) if on_world else None
+    logps = _score(_job(config, policy, config.model.dtype, None), folder, numbers, "policy")
+    frozen_logps = None if frozen is None else _score(_reference_job(subject, frozen), folder, numbers, "reference")
+    held_out = HeldOut(RowCache([folder]), numbers, logps, frozen_logps)
+    result: dict[str, Any] = {
+        "model": str(run_or_model),
+        "reference": subject.reference.name if subject.reference else None,
+        "objective": {"name": objective.name, **objective.parameters} if objective else None,
+        "data": source,
+        "eval_rows": len(numbers),
+        **subject.facts,
+        **summarise(merge(measure(objective, batch) for batch in held_out.batches())),
+        **({} if sampling is None else _collect(sampling)),
+    }
+    if scores is not None:
+        write_scores(Path(scores), objective, held_out)
+    write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
+    say(f"evaluation in {subject.home / 'eval.json'}")
+    return result
+
+
+# -- what is evaluated, on what, against what ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model by name. `digest` is what its content must be and `init` where its run drew or merged it, where known."""
+
+    name: str
+    revision: str | None = None
+    digest: str | None = None
+    init: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One evaluation. `home` gets eval.json; `parameters` are the objective's, None where nothing names one."""
+
+    home: Path
+    cache: Path
+    config: Config
+    policy: Weights
+    reference: Weights | None
+    parameters: ObjectiveParameters | None
+    facts: dict[str, Any]
+
+
+def _open(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
+    """What a run directory or a model says of itself."""
+    run = RunDir(path.absolute())
+    return _open_run(run, data, overrides) if run.config.exists() else _open_model(path, data, overrides)
+
+
+def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subject:
+    if not run.model.exists():
+        state = run.read_status().get("state", "unknown")
+        raise InputError(f"run {run.path}: no model yet (state: {state}); the same `caldpo train` command resumes it")
+    config = load_config(run.config, overrides)
+    if data is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"eval": data})})
+    frozen = None
+    if config.objective.needs_reference and config.reference.name_or_path is not None:
+        frozen = Weights(config.reference.name_or_path, config.reference.revision, init=run.path / "reference_init")
+    elif config.objective.needs_reference:
+        digest = json.loads(run.manifest.read_text())["policy"]["digest"]
+        frozen = Weights(config.model.name_or_path, config.model.revision, digest, run.init)
+    step = {"step": read_metrics(run.metrics)[-1]["step"]}
+    cache, policy = run.path.parent / ".cache", Weights(str(run.model))
+    return Subject(run.path, cache, config, policy, frozen, config.objective, step)
+
+
+def _open_model(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
+    if data is None:
+        raise InputError(f"evaluate {path}: no run directory, and a model names no held-out rows; give --data PATH")
+    manifest = read_model_manifest(path) or {}
+    named = manifest.get("reference")
+    values = {
+        "run": {"name": "evaluation"},
+        "model": {**manifest.get("model", {}), "name_or_path": str(path)},
+        "data": {**manifest.get("data", {}), "train": data, "eval": data},
+        "reference": {"dtype": named["dtype"]} if named else {},
+        "objective": manifest.get("objective", {"name": "dpo"}),
+    }
+    with tempfile.TemporaryDirectory() as folder:  # load_config reads files
+        file = Path(folder) / "evaluation.yaml"
+        file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        config = load_config(file, overrides)
+    cache, policy = Path(config.run.output_dir).absolute() / ".cache", Weights(str(path), config.model.revision)
+    frozen = Weights(named["name_or_path"], named["revision"], named["digest"]) if named else None
+    return Subject(path.absolute(), cache, config, policy, frozen, config.objective if manifest else None, {})
+
+
+def _asked_for(subject: Subject, reference: str | None, beta: float | None, output: str | Path | None) -> Subject:
+    """The same with the arguments of the call on top."""
+    parameters = subject.parameters
+    if reference is not None:
+        subject = replace(subject, reference=Weights(reference))
+        if parameters is None or not parameters.needs_reference:
+            parameters = parse_objective({"name": "dpo"})
+    if beta is not None:
+        if parameters is None:
+            raise InputError(
+                f"--beta {beta}: {subject.policy.name} names no reference to scale against; give --reference PATH"
+            )
+        parameters = parse_objective({**parameters.model_dump(), "beta": beta})
+    if output is None and not subject.home.is_dir():
+        raise InputError(f"{subject.policy.name}: no such run directory or model folder; a hub id needs --output DIR")
+    home = subject.home if output is None else Path(output).absolute()
+    return replace(subject, home=home, parameters=parameters)
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: eval.json cannot be written ({error.strerror}); give --output DIR") from None
+
+
+def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
+    """Where the weights are; a LoRA adapter is merged once. Raises InputError where they are none or not the run's."""
+    folder = Path(weights.name)
+    if weights.init is None and folder.is_dir() and not any(file for p in WEIGHT_PATTERNS for file in folder.glob(p)):
+        raise InputError(f"model {folder}: holds no weights; give a folder with safetensors")
+    init = weights.init or subject.cache / "merged" / _adapter_key(folder)
+    found = resolve_weights(weights.name, weights.revision, subject.config, init, subject.cache / "weights.json")
+    if weights.digest not in (None, found.digest):
+        raise InputError(
+            f"reference {weights.name}: its weights are not those that {subject.policy.name} was trained against (digest"
+            f" {found.digest[:16]} instead of {weights.digest[:16]}); restore them or name another with --reference PATH"
+        )
+    return found
+
+
+def _adapter_key(folder: Path) -> str:
+    """Digest of a LoRA adapter and the name of its base."""
+    total = hashlib.sha256()
+    for file in sorted(folder.glob("adapter_*")):
+        total.update(file.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def _resolve_reference(weights: Weights, policy: ResolvedModel, subject: Subject) -> ResolvedModel:
+    frozen, trusted = _resolve(weights, subject), subject.config.model.trust_remote_code
+    own, other = (load_tokenizer(model.path, model.revision, trusted) for model in (policy, frozen))
+    require_same_tokens(own, other, weights.name)
+    return frozen
+
+
+def _without_workers(config: Config) -> Config:
+    """The pool alone needs a place here."""
+    nothing = {"num_workers": 1, "num_cpus_per_worker": 0.0, "use_gpu": False, "label_selector": None}
+    return config.model_copy(update={"train": config.train.model_copy(update=nothing)})
+
+
+def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indices]:
+    """(source, row cache, numbers of the held-out rows in it)."""
+    config, held_out = subject.config, subject.config.data.eval
+    if held_out is None:
+        raise InputError(f"{subject.home}: its config has no data.eval; give --data PATH")
+    source = held_out if isinstance(held_out, str) else config.data.train
+    model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
+    least = subject.parameters.min_responses if subject.parameters else 2
+    facts = build_rows(source, config.data, model, subject.cache / "rows", least)
+    rows = RowCache([facts.folder])
+    numbers = np.arange(len(rows)) if isinstance(held_out, str) else split_rows(rows, held_out)[1]
+    if not len(numbers):
+        raise InputError(f"data.eval = {held_out}: holds out no row of {source}; give --data PATH")
+    say(f"data: {len(numbers)} held-out rows from {source} ({facts.num_bad} bad rows in it)")
+    return source, str(facts.folder), numbers
+
+
+# -- log-probs -----------------------------------------------------------------------------------------------------
+
+
+def _job(config: Config, model: ResolvedModel, dtype: str, store: ReferenceStore | None) -> ReferenceJob:
+    section = reference_model(config.model, config.reference, model.path, model.revision)
+    return ReferenceJob(section, dtype, config.reference, store)
+
+
+def _reference_job(subject: Subject, frozen: ResolvedModel) -> ReferenceJob:
+    """Scored through the run's store."""
+    config, store = subject.config, None
+    dtype = config.reference.dtype or config.model.dtype
+    if config.reference.store is not None:
+        facts = {"model": frozen.path, "weights": frozen.digest, "dtype": dtype}
+        store = ReferenceStore.create(Path(config.reference.store).absolute(), store_key(frozen.digest, dtype), facts)
+    return _job(config, frozen, dtype, store)
+
+
+def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str) -> Floats:
+    """Log-probs [responses of the whole row cache] in nats; NaN for rows not asked for."""
+    distinct = distinct_responses(RowCache([folder]).digests())
+    known, progress = np.full(len(distinct.digests), np.nan, np.float32), ReferenceProgress()
+    with _our_errors(f"scoring by the {role}"):
+        for answered, logps in reference_logps(job, [folder], numbers, progress):
+            known[answered] = logps
+    say(f"{role}: {progress.joined} log-probs joined, {progress.scored} scored")
+    return known[distinct.of_response]
+
+
+@contextmanager
+def _our_errors(what: str) -> Iterator[None]:
+    """An error that crossed Ray comes out as ours."""
+    try:
+        yield
+    except Exception as error:
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise find_error(error) or RunError(f"{what} stopped: {last}") from error
+
+
+# -- the world -----------------------------------------------------------------------------------------------------
+
+
+def _start_sampling(policy: ResolvedModel, frozen: ResolvedModel | None, num_samples: int, seed: int) -> Any:
+    """One task that samples while the pool scores."""
+    import ray
+
+    task = ray.remote(_sample).options(num_cpus=1)
+    return task.remote(policy.path, frozen.path if frozen else None, num_samples, seed)
+
+
+def _sample(policy: str, reference: str | None, num_samples: int, seed: int) -> dict[str, float]:
+    from caldpo_ray.sampling import sample_world
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return sample_world(policy, reference, num_samples=num_samples, seed=seed)
+
+
+def _collect(sampling: Any) -> dict[str, float]:
+    import ray
+
+    with _our_errors("sampling the world"):
+        return {f"world/{name}": value for name, value in ray.get(sampling).items()}

@@ -1,0 +1,70 @@
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, under the same names everywhere."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from caldpo_ray.errors import InputError
+
+Line = dict[str, Any]
+Logger = Callable[[int, dict[str, float]], None]
+
+
+def open_loggers(names: list[str], run_dir: Path, config: dict[str, Any], identity: str) -> list[Logger]:
+    """One function per logger, each taking (step, values). Raises InputError when its package is not installed."""
+    opened = []
+    for name in names:
+        try:
+            opened.append(LOGGERS[name](run_dir, config, identity))
+        except ImportError:
+            raise InputError(f"loggers: {name} is not installed; pip install 'caldpo-ray[{name}]'") from None
+    return opened
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """A metrics line as `split/name` values."""
+    return {f"{line['split']}/{name}": float(value) for name, value in line.items() if name not in ("split", "step")}
+
+
+def _tensorboard(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log
+
+
+def _wandb(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
+    import wandb
+
+    # The identity as id: a resumed run goes on in the same place.
+    run = wandb.init(
+        project="caldpo_ray", name=run_dir.name, dir=str(run_dir), config=config, id=identity, resume="allow"
+    )
+    return lambda step, values: run.log(values, step=step)
+
+
+def _mlflow(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
+    import mlflow
+
+    mlflow.set_experiment("caldpo_ray")
+    run = mlflow.start_run(run_name=run_dir.name, tags={"identity": identity})
+    client = mlflow.MlflowClient()
+
+    def log(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            client.log_metric(run.info.run_id, name, value, step=step)
+
+    return log
+
+
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], str], Logger]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}

@@ -1,0 +1,142 @@
+"""The pipeline looked at, not run: how rows become tokens, and whether a run can work on this cluster."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from caldpo_ray.config import Config
+from caldpo_ray.data import make_row
+from caldpo_ray.deepspeed_config import read_raw
+from caldpo_ray.errors import InputError
+from caldpo_ray.models import load_tokenizer
+from caldpo_ray.objective_parameters import ObjectiveParameters
+from caldpo_ray.schema import BadRow, Row
+from caldpo_ray.sources import iterate, list_sources
+from caldpo_ray.tokenization import check_tokenizer, row_id
+
+SAMPLE_ROWS = 256
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first rows of a source: usable ones with the prompt tokens cut, and the reasons for the others."""
+
+    rows: list[tuple[Row, int]]
+    bad: Counter[str]
+
+
+def sample_rows(config: Config, count: int) -> tuple[Sample, Any]:
+    """The first `count` usable rows of `data.train` and the tokenizer. Raises InputError when there is none."""
+    model = config.model
+    tokenizer = load_tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
+    check_tokenizer(tokenizer, needs_chat_template=False)
+    sample = Sample([], Counter())
+    for path, line, record in _records(config.data.train):
+        try:
+            if isinstance(record, BadRow):
+                raise ValueError(record.reason)
+            sample.rows.append(
+                make_row(record, config.data, tokenizer, row_id(path, line), config.objective.min_responses)
+            )
+        except InputError:
+            raise
+        except ValueError as error:
+            sample.bad[str(error)] += 1
+        if len(sample.rows) >= count or sample.bad.total() >= 1000:
+            break
+    if not sample.rows:
+        reasons = "; ".join(f"{number} x {reason}" for reason, number in sample.bad.most_common(3)) or "no rows"
+        raise InputError(
+            f"data.train = {config.data.train}: no usable row among the first {sample.bad.total()}: {reasons}"
+        )
+    return sample, tokenizer
+
+
+def _records(source: str) -> Iterator[tuple[str, int, Any]]:
+    for file in list_sources(source):
+        for batch in iterate(file, SAMPLE_ROWS):
+            for line, record in batch:
+                yield file.path, line, record
+
+
+def plan(config: Config) -> Iterator[str]:
+    """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work."""
+    yield f"objective  {describe(config.objective)}"
+    read_raw(config)
+    sample, _ = sample_rows(config, SAMPLE_ROWS)
+    yield from _data_lines(sample)
+    yield from _memory_lines(config)
+    yield from _placement_lines(config)
+
+
+def describe(objective: ObjectiveParameters) -> str:
+    return f"{objective.name}: {objective.formula}"
+
+
+def _data_lines(sample: Sample) -> Iterator[str]:
+    prompts = sorted(len(row.prompt_ids) for row, _ in sample.rows)
+    responses = sorted(len(ids) for row, _ in sample.rows for ids in row.response_ids)
+    cut = sum(tokens > 0 for _, tokens in sample.rows)
+    yield (
+        f"data       first {len(sample.rows)} usable rows: prompt {prompts[len(prompts) // 2]} tokens (median,"
+        f" at most {prompts[-1]}), response {responses[len(responses) // 2]} (at most {responses[-1]}), {cut} prompts cut"
+    )
+    for reason, number in sample.bad.most_common(5):
+        yield f"           {number} rows cannot be used: {reason}"
+
+
+def _memory_lines(config: Config) -> Iterator[str]:
+    """Weights, gradients and optimiser state per worker; activations depend on the micro-batch and are not in here."""
+    parameters, trainable = count_parameters(config)
+    width = 4 if config.model.dtype == "float32" else 2
+    states = {"adamw": 2, "rmsprop": 1}[config.train.optimizer]
+    master = 0 if width == 4 else 4
+    workers, stage = config.train.num_workers, config.train.deepspeed.zero_stage
+    yield f"model      {parameters / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained, {config.model.dtype}"
+    shares = {
+        "weights": parameters * width / (workers if stage == 3 else 1),
+        "gradients": trainable * width / (workers if stage >= 2 else 1),
+        "optimiser": trainable * (4 * states + master) / (workers if stage >= 1 else 1),
+    }
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in shares.items())
+    yield f"memory     per policy worker at ZeRO-{stage}: {sum(shares.values()) / GIB:.2f} GiB ({listed}) plus activations"
+    if config.objective.needs_reference:
+        yield f"           per reference actor: {parameters * width / GIB:.2f} GiB plus activations"
+
+
+def count_parameters(config: Config) -> tuple[int, int]:
+    """(all, trained) parameters, from the model's config alone: no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from caldpo_ray.models import add_lora
+
+    model = config.model
+    try:
+        shape = AutoConfig.from_pretrained(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"model.name_or_path {model.name_or_path}: no usable config.json ({reason})") from None
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(shape, trust_remote_code=model.trust_remote_code)
+        total = sum(parameter.numel() for parameter in built.parameters())
+        if model.lora is not None:
+            built = add_lora(built, model.lora, config.run.seed)
+    return total, sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+
+
+def _placement_lines(config: Config) -> Iterator[str]:
+    from caldpo_ray.placement import live_nodes, require_placeable
+
+    side_by_side = require_placeable(config, config.objective.needs_reference)
+    for node in live_nodes():
+        yield f"node       {node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU"
+    yield "placement  " + (
+        "policy workers and reference actors fit side by side"
+        if side_by_side
+        else "the reference fills its store first, then hands its place to the policy workers"
+    )

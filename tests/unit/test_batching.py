@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from caldpo_ray.batching import Schedule, head_chunk_positions, plan_batch
+
+SCHEDULE = Schedule(num_rows=10, batch_size=4, epochs=3, seed=1, shuffle=True)
+
+
+def batches(schedule: Schedule) -> list[list[int]]:
+    found = []
+    for step in range(schedule.num_steps):
+        epoch, place = schedule.position(step)
+        found.append(schedule.order(epoch)[place : place + schedule.batch_size].tolist())
+    return found
+
+
+def test_every_epoch_holds_every_row_once_and_ends_with_a_short_batch() -> None:
+    found = batches(SCHEDULE)
+    assert [len(batch) for batch in found] == [4, 4, 2] * 3
+    epochs = [sum(found[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    assert batches(SCHEDULE) == batches(Schedule(10, 4, 3, 1, True))
+    assert batches(SCHEDULE) != batches(Schedule(10, 4, 3, 2, True))
+    assert batches(Schedule(10, 4, 1, 1, False)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_rows_consumed_counts_short_batches() -> None:
+    assert [SCHEDULE.rows_consumed(step) for step in range(7)] == [0, 4, 8, 10, 14, 18, 20]
+
+
+def test_max_steps_ends_a_schedule_early() -> None:
+    assert Schedule(10, 4, 3, 1, True, max_steps=5).num_steps == 5
+    assert Schedule(10, 4, 1, 1, True, max_steps=5).num_steps == 3
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("budget", [50, 120, 10_000])
+def test_a_plan_covers_the_batch_once_and_keeps_ranks_in_step(world_size: int, budget: int) -> None:
+    rng = np.random.default_rng(world_size)
+    lengths, scored = rng.integers(5, 60, 13).tolist(), rng.integers(1, 5, 13).tolist()
+    plans = plan_batch(lengths, scored, world_size, budget, chunk_positions=4)
+    assert sorted(place for rank in plans for part in rank for place in part.places) == list(range(13))
+    assert len({len(rank) for rank in plans}) == 1
+    for parts in zip(*plans, strict=True):
+        assert len({part.num_head_chunks for part in parts}) == 1
+        for part in parts:
+            padded = max((lengths[place] for place in part.places), default=0) * len(part.places)
+            assert padded <= budget or len(part.places) == 1
+            assert sum(scored[place] for place in part.places) <= 4 * part.num_head_chunks
+    loads = [sum(lengths[place] for part in rank for place in part.places) for rank in plans]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_more_ranks_than_rows_gives_empty_micro_batches() -> None:
+    plans = plan_batch([10, 20], [1, 1], 4, 100, 100)
+    assert sorted(len(rank[0].places) for rank in plans) == [0, 0, 1, 1]
+
+
+def test_chunks_bound_the_logits() -> None:
+    assert head_chunk_positions(151_936) == 256
+    assert head_chunk_positions(8192) * 8192 * 4 == 64 * 2**20

@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caldpo_ray.errors import InputError
+from caldpo_ray.store import (
+    Digests,
+    ReferenceStore,
+    distinct_responses,
+    join,
+    list_references,
+    remove_reference,
+    store_key,
+)
+
+
+def digests(*numbers: int) -> Digests:
+    """Numbers as digests whose leading 8 bytes are equal, the worst case of the join."""
+    return np.frombuffer(b"".join(bytes(8) + number.to_bytes(8, "big") for number in numbers), "V16")
+
+
+def entries(store: ReferenceStore, *numbers: int, scale: float = 1.0) -> None:
+    logps = np.array([-scale * number for number in numbers], np.float32)
+    store.append(digests(*numbers), logps, np.ones(len(numbers), np.int32))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReferenceStore:
+    return ReferenceStore.create(tmp_path, store_key("weights", "float32"), {"model": "m", "dtype": "float32"})
+
+
+def random_digests(count: int, seed: int) -> Digests:
+    return np.frombuffer(np.random.default_rng(seed).bytes(16 * count), "V16")
+
+
+def test_what_was_appended_is_joined_by_content_whatever_the_order(store: ReferenceStore) -> None:
+    known, unknown = random_digests(5000, 0), random_digests(100, 1)
+    logps = np.arange(5000, dtype=np.float32)
+    store.append(known[:3000], logps[:3000], np.ones(3000, np.int32))
+    store.append(known[3000:], logps[3000:], np.ones(2000, np.int32))
+    shuffled = np.random.default_rng(2).permutation(5000)
+    found = join(np.concatenate([known[shuffled], unknown]), *store.load())
+    np.testing.assert_array_equal(found[:5000], logps[shuffled])
+    assert np.isnan(found[5000:]).all()
+
+
+def test_equal_leading_bytes_are_never_joined_wrongly(store: ReferenceStore) -> None:
+    entries(store, 1, 2, 3)
+    found = join(digests(3, 9), *store.load())
+    assert found[0] in (-3.0,) or np.isnan(found[0])
+    assert np.isnan(found[1])
+
+
+def test_several_writers_append_the_same_rows_and_readers_see_each_once(store: ReferenceStore) -> None:
+    entries(store, 1, 2)
+    entries(store, 2, 3, scale=2.0)
+    loaded, logps = store.load()
+    assert len(loaded) == 3
+    assert logps[1] in (-2.0, -4.0)
+
+
+def test_a_damaged_part_is_refused_by_name(store: ReferenceStore) -> None:
+    entries(store, 1)
+    part = next(store.folder.glob("part-*"))
+    part.write_bytes(part.read_bytes()[:-1] + b"\0")
+    with pytest.raises(InputError, match=part.name):
+        store.load()
+
+
+def test_an_unfinished_part_is_not_read(store: ReferenceStore) -> None:
+    entries(store, 1)
+    (store.folder / ".part-00.parquet.1234").write_bytes(b"half")
+    assert len(store.load()[0]) == 1
+
+
+def test_the_key_covers_weights_and_dtype() -> None:
+    keys = {store_key("a", "float32"), store_key("b", "float32"), store_key("a", "bfloat16")}
+    assert len(keys) == 3
+    assert store_key("a", "float32") == store_key("a", "float32")
+
+
+def test_list_and_remove(store: ReferenceStore, tmp_path: Path) -> None:
+    entries(store, 1, 2)
+    (entry,) = list_references(tmp_path)
+    assert (entry["entries"], entry["model"]) == (2, "m")
+    with pytest.raises(InputError, match=entry["key"]):
+        remove_reference(tmp_path, "unknown")
+    remove_reference(tmp_path, entry["key"])
+    assert list_references(tmp_path) == []
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"reference\.store"):
+        ReferenceStore.create(tmp_path / "file", "key", {})
+
+
+def test_distinct_responses_number_equal_digests_alike() -> None:
+    distinct = distinct_responses(digests(5, 3, 5, 4, 3))
+    assert len(distinct.digests) == 3
+    np.testing.assert_array_equal(distinct.digests[distinct.of_response], digests(5, 3, 5, 4, 3))
+    assert sorted(distinct.first.tolist()) == [0, 1, 3]
