@@ -125,6 +125,11 @@ class TrainSection(Section):
     """How long workers and reference actors may wait for resources before the run stops and names what is missing."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
+    @property
+    def best_is_smallest(self) -> bool:
+        """Losses, errors and their kind are better when smaller."""
+        return self.best_metric.startswith(("loss", "nll", "calibration/", "objective/"))
+
 
 class Config(Section):
     """One run. `Config.identity()` is what makes two runs the same run."""

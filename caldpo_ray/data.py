@@ -28,7 +28,7 @@ from caldpo_ray.models import load_tokenizer
 from caldpo_ray.rows import Part, read_manifest, write_atomically, write_manifest, write_part
 from caldpo_ray.schema import BadRow, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
-from caldpo_ray.tokenization import check_tokenizer, row_id, tokenise
+from caldpo_ray.tokenization import row_id, tokenise
 
 VERSION = 1
 ROWS_PER_PART = 1024
@@ -48,15 +48,16 @@ class RowCacheFacts:
     reused: bool
 
 
-def build_rows(source: str, data: DataSection, model: ModelSection, root: Path, min_responses: int) -> RowCacheFacts:
-    """Rows of one source under `root`, made now or found there.
+def build_rows(
+    source: str, data: DataSection, model: ModelSection, tokenizer: str, root: Path, min_responses: int
+) -> RowCacheFacts:
+    """Rows of one source under `root`, made now or found there; `model` has the resolved path, `tokenizer` its digest.
 
     Rows with fewer than `min_responses` responses are bad rows. Raises InputError when nothing can be read, when no row is
     usable, or when more than `data.max_bad_fraction` of the rows are bad (with the counts by reason).
     """
-    tokenizer = load_tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
-    check_tokenizer(tokenizer, needs_chat_template=False)
-    get_format(data.format) if data.format != "auto" else None
+    if data.format != "auto":
+        get_format(data.format)
     files = list_sources(source)
     folder = root / cache_key(files, data, tokenizer, min_responses)
     reused = (folder / "manifest.json").exists()
@@ -70,28 +71,19 @@ def build_rows(source: str, data: DataSection, model: ModelSection, root: Path, 
     return facts
 
 
-def cache_key(files: list[SourceFile], data: DataSection, tokenizer: Any, min_responses: int) -> str:
+def cache_key(files: list[SourceFile], data: DataSection, tokenizer: str, min_responses: int) -> str:
     """Digest of everything that decides the tokenised rows."""
     parts = {
         "version": VERSION,
         "files": [(file.path, file.fingerprint) for file in files],
         "format": data.format,
         "function": _source_of(data.format) if ":" in data.format else "",
-        "tokenizer": tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer,
         "chat_template": data.chat_template or "",
         "lengths": (data.max_length, data.max_prompt_length, data.truncation),
         "min_responses": min_responses,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of what a tokenizer does with text, whatever folder it came from."""
-    backend = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
-    text = json.dumps([backend, str(tokenizer.chat_template), sorted(map(str, tokenizer.special_tokens_map.items()))])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _source_of(format_name: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,13 +27,13 @@ from caldpo_ray.export import read_model_manifest, resolve_weights
 from caldpo_ray.feed import split_rows
 from caldpo_ray.held_out import HeldOut, measure, summarise, write_scores
 from caldpo_ray.metrics import merge
-from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, load_tokenizer
+from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import say
-from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps, reference_model, require_same_tokens
+from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps, reference_model
 from caldpo_ray.rows import RowCache, write_atomically
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
@@ -67,7 +68,10 @@ def evaluate(
     subject = _asked_for(_open(Path(run_or_model), data, overrides), reference, beta, output)
     config = subject.config
     objective = get_objective(**subject.parameters.model_dump()) if subject.parameters else None
-    _require_writable(subject.home)
+    _require_writable(subject.home, "--output")
+    _require_writable(subject.cache, "run.output_dir=")
+    if scores is not None:
+        _require_writable(Path(scores).absolute().parent, "--scores")
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
     connect(verbose)
@@ -134,6 +138,8 @@ def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subjec
     config = load_config(run.config, overrides)
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"eval": data})})
+    if config.data.eval is None:
+        raise InputError(f"run {run.path}: its config has no data.eval; give --data PATH")
     frozen = None
     if config.objective.needs_reference and config.reference.name_or_path is not None:
         frozen = Weights(config.reference.name_or_path, config.reference.revision, init=run.path / "reference_init")
@@ -185,13 +191,14 @@ def _asked_for(subject: Subject, reference: str | None, beta: float | None, outp
     return replace(subject, home=home, parameters=parameters)
 
 
-def _require_writable(folder: Path) -> None:
+def _require_writable(folder: Path, option: str) -> None:
+    probe = folder / f".write-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / ".writable", "")
-        (folder / ".writable").unlink()
+        probe.touch()
+        probe.unlink()
     except OSError as error:
-        raise InputError(f"{folder}: eval.json cannot be written ({error.strerror}); give --output DIR") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another folder with {option}") from None
 
 
 def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
@@ -201,10 +208,10 @@ def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
         raise InputError(f"model {folder}: holds no weights; give a folder with safetensors")
     init = weights.init or subject.cache / "merged" / _adapter_key(folder)
     found = resolve_weights(weights.name, weights.revision, subject.config, init, subject.cache / "weights.json")
-    if weights.digest not in (None, found.digest):
+    if weights.digest not in (None, found.weights):
         raise InputError(
             f"reference {weights.name}: its weights are not those that {subject.policy.name} was trained against (digest"
-            f" {found.digest[:16]} instead of {weights.digest[:16]}); restore them or name another with --reference PATH"
+            f" {found.weights[:16]} instead of {weights.digest[:16]}); restore them or name another with --reference PATH"
         )
     return found
 
@@ -218,9 +225,12 @@ def _adapter_key(folder: Path) -> str:
 
 
 def _resolve_reference(weights: Weights, policy: ResolvedModel, subject: Subject) -> ResolvedModel:
-    frozen, trusted = _resolve(weights, subject), subject.config.model.trust_remote_code
-    own, other = (load_tokenizer(model.path, model.revision, trusted) for model in (policy, frozen))
-    require_same_tokens(own, other, weights.name)
+    frozen = _resolve(weights, subject)
+    if frozen.vocabulary != policy.vocabulary:
+        raise InputError(
+            f"reference {weights.name}: its tokenizer maps tokens to other ids than the policy's; log-probs compare only over the"
+            " same tokens, so a reference must share the vocabulary"
+        )
     return frozen
 
 
@@ -233,12 +243,11 @@ def _without_workers(config: Config) -> Config:
 def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indices]:
     """(source, row cache, numbers of the held-out rows in it)."""
     config, held_out = subject.config, subject.config.data.eval
-    if held_out is None:
-        raise InputError(f"{subject.home}: its config has no data.eval; give --data PATH")
+    assert held_out is not None
     source = held_out if isinstance(held_out, str) else config.data.train
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     least = subject.parameters.min_responses if subject.parameters else 2
-    facts = build_rows(source, config.data, model, subject.cache / "rows", least)
+    facts = build_rows(source, config.data, model, policy.tokenizer, subject.cache / "rows", least)
     rows = RowCache([facts.folder])
     numbers = np.arange(len(rows)) if isinstance(held_out, str) else split_rows(rows, held_out)[1]
     if not len(numbers):
@@ -260,8 +269,8 @@ def _reference_job(subject: Subject, frozen: ResolvedModel) -> ReferenceJob:
     config, store = subject.config, None
     dtype = config.reference.dtype or config.model.dtype
     if config.reference.store is not None:
-        facts = {"model": frozen.path, "weights": frozen.digest, "dtype": dtype}
-        store = ReferenceStore.create(Path(config.reference.store).absolute(), store_key(frozen.digest, dtype), facts)
+        facts = {"model": frozen.path, "weights": frozen.weights, "dtype": dtype}
+        store = ReferenceStore.create(Path(config.reference.store).absolute(), store_key(frozen.weights, dtype), facts)
     return _job(config, frozen, dtype, store)
 
 

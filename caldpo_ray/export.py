@@ -27,7 +27,7 @@ def write_model_manifest(folder: Path, config: Config, reference: ResolvedModel 
     frozen = None
     if reference is not None:
         dtype = config.reference.dtype or config.model.dtype
-        path, revision, digest = reference.path, reference.revision, reference.digest
+        path, revision, digest = reference.path, reference.revision, reference.weights
         frozen = {"name_or_path": path, "revision": revision, "dtype": dtype, "digest": digest}
     facts = {
         "objective": config.objective.model_dump(mode="json"),

@@ -62,6 +62,7 @@ class Progress:
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
     started: bool = False
     failure: tuple[str, str] | None = None
+    notes: list[str] = field(default_factory=list)
     reference: ReferenceProgress | None = None
 
 
@@ -148,15 +149,20 @@ class Feed:
         self._admit(attempt)
         self._progress.lines[line["split"]] = line
 
-    async def fail(self, attempt: int, kind: str, message: str) -> None:
-        """Workers stopped for a reason that restarting them would not cure."""
-        self._admit(attempt)
-        self._progress.failure = (kind, message)
+    async def fail(self, kind: str, message: str) -> None:
+        """A worker stopped for a reason that restarting would not cure; the first reason counts."""
+        self._progress.failure = self._progress.failure or (kind, message)
+
+    async def note(self, message: str) -> None:
+        """Something the person at the terminal should read once."""
+        self._progress.notes.append(message)
 
     async def progress(self) -> Progress:
         return self._progress
 
     def _admit(self, attempt: int) -> None:
+        if self._progress.failure is not None:
+            raise RunError(self._progress.failure[1])
         if attempt < self._attempt:
             raise StaleAttempt(f"attempt {attempt} was replaced by attempt {self._attempt}")
         self._attempt = attempt

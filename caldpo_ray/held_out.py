@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from caldpo_ray.batching import Indices
-from caldpo_ray.errors import InputError
 from caldpo_ray.feed import EVAL_BATCH_ROWS, MicroBatch
 from caldpo_ray.metrics import Metrics, calibration_bins, finalise, preference_metrics
 from caldpo_ray.objectives import Objective, get_objective
@@ -93,7 +92,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     z: float = NormalDist().inv_cdf(0.975)
     centre = share + z * z / (2 * count)
     half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
+    low, high = (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
+    return max(0.0, low), min(1.0, high)  # at 0 and 1 rounding may step over
 
 
 def write_scores(path: Path, objective: Objective | None, held_out: HeldOut) -> None:
@@ -102,15 +102,10 @@ def write_scores(path: Path, objective: Objective | None, held_out: HeldOut) -> 
     Without a reference the reward is beta times the mean token log-prob, as in the metrics.
     """
     beta: float = objective.parameters.get("beta", 1.0) if objective else 1.0
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            for batch in held_out.batches():
-                for line in _score_lines(batch, beta):
-                    file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise InputError(
-            f"--scores {path}: cannot be written ({error.strerror}); give a file in a writable folder"
-        ) from None
+    with path.open("w", encoding="utf-8") as file:
+        for batch in held_out.batches():
+            for line in _score_lines(batch, beta):
+                file.write(json.dumps(line) + "\n")
 
 
 def _score_lines(batch: Batch, beta: float) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, under the same names everywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ Line = dict[str, Any]
 Logger = Callable[[int, dict[str, float]], None]
 
 
-def open_loggers(names: list[str], run_dir: Path, config: dict[str, Any], identity: str) -> list[Logger]:
-    """One function per logger, each taking (step, values). Raises InputError when its package is not installed."""
-    opened = []
+def open_loggers(names: Sequence[str], run_dir: Path, config: dict[str, Any], identity: str) -> list[Logger]:
+    """One function per logger, each taking (step, values)."""
+    return [LOGGERS[name](run_dir, config, identity) for name in names]
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Raises InputError naming the first logger whose package is missing; asked before anything starts."""
     for name in names:
-        try:
-            opened.append(LOGGERS[name](run_dir, config, identity))
-        except ImportError:
-            raise InputError(f"loggers: {name} is not installed; pip install 'caldpo-ray[{name}]'") from None
-    return opened
+        if find_spec(name) is None:
+            raise InputError(f"loggers: {name} is not installed; pip install 'caldpo-ray[{name}]'")
 
 
 def scalars(line: Line) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 from caldpo_ray.config import LoraSection, ModelSection
 from caldpo_ray.errors import InputError
 from caldpo_ray.rows import write_atomically
+from caldpo_ray.tokenization import check_tokenizer
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -20,11 +21,15 @@ VOLATILE_CONFIG_KEYS = {"_name_or_path", "transformers_version", "torch_dtype", 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Where the weights are and what they are: `path` and `revision` for from_pretrained, `digest` of their content."""
+    """Where a model is and what it is: `path` and `revision` for from_pretrained, and digests of what they hold."""
 
     path: str
     revision: str | None
-    digest: str
+    weights: str
+    tokenizer: str
+    """Digest of what the tokenizer does with text."""
+    vocabulary: str
+    """Digest of its token ids alone."""
 
 
 def resolve_model(
@@ -32,11 +37,13 @@ def resolve_model(
 ) -> ResolvedModel:
     """Find a model's weights, drawing or merging them into `init_dir` where the folder has none of its own.
 
-    Raises InputError for a folder without config, an unknown hub id, or an unreadable file.
+    Raises InputError for a folder without config, an unknown hub id, an unreadable file, or a tokenizer that is missing or
+    has no EOS.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        return _resolve_hub(name_or_path, revision)
+        commit = _hub_commit(name_or_path, revision)
+        return _resolved(name_or_path, commit, f"hub:{name_or_path}@{commit}", trust_remote_code)
     if (folder / "adapter_config.json").exists():
         _write_once(init_dir, lambda target: _merge_adapter(folder, target, trust_remote_code))
         folder = init_dir
@@ -45,10 +52,24 @@ def resolve_model(
     elif not _weight_files(folder):
         _write_once(init_dir, lambda target: _draw_weights(folder, target, seed, trust_remote_code))
         folder = init_dir
-    return ResolvedModel(str(folder.resolve()), None, _digest_folder(folder, cache))
+    return _resolved(str(folder.resolve()), None, _digest_folder(folder, cache), trust_remote_code)
 
 
-def _resolve_hub(name: str, revision: str | None) -> ResolvedModel:
+def _resolved(path: str, revision: str | None, weights: str, trust_remote_code: bool) -> ResolvedModel:
+    tokenizer = load_tokenizer(path, revision, trust_remote_code)
+    check_tokenizer(tokenizer, needs_chat_template=False)
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    steps = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else vocabulary
+    text = json.dumps([steps, str(tokenizer.chat_template), sorted(map(str, tokenizer.special_tokens_map.items()))])
+    return ResolvedModel(path, revision, weights, _digest(text), _digest(vocabulary))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit a hub id stands for now, or, without network, the one downloaded earlier."""
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -69,7 +90,7 @@ def _resolve_hub(name: str, revision: str | None) -> ResolvedModel:
             raise InputError(
                 f"model.name_or_path {name}: no such folder here, and the hub cannot be reached ({reason}); give a local folder"
             ) from None
-    return ResolvedModel(name, commit, f"hub:{name}@{commit}")
+    return str(commit) if commit is not None else None
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:

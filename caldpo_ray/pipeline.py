@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.data import RowCacheFacts, build_rows, write_run_quarantine
+from caldpo_ray.data import TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.errors import InputError, RunError, find_error
 from caldpo_ray.feed import Feed, schedules, split_rows
+from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
-from caldpo_ray.models import ResolvedModel, load_tokenizer, resolve_model
-from caldpo_ray.objectives import get_objective
+from caldpo_ray.models import ResolvedModel, resolve_model
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import Watcher, say
 from caldpo_ray.reference import (
@@ -27,7 +27,6 @@ from caldpo_ray.reference import (
     probe_tolerance,
     reference_logps,
     reference_model,
-    require_same_tokens,
 )
 from caldpo_ray.rows import RowCache, write_atomically
 from caldpo_ray.run_dir import RunDir, changed_execution_keys, identity_digest, open_run_dir, read_metrics
@@ -89,13 +88,17 @@ def train(
 
 def prepare(config: Config, run: RunDir) -> Prepared:
     """Models resolved, rows tokenised, store opened, resources checked."""
-    objective = get_objective(**config.objective.model_dump())
-    say(objective.describe())
+    require_installed(config.loggers)
+    objective = config.objective
+    say(f"{objective.name}: loss = {objective.formula}")
     cache = Path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
-    facts = [build_rows(source, config.data, model, cache / "rows", objective.min_responses) for source in sources]
+    facts = [
+        build_rows(source, config.data, model, policy.tokenizer, cache / "rows", objective.min_responses)
+        for source in sources
+    ]
     run.path.mkdir(parents=True, exist_ok=True)
     write_run_quarantine(facts, run.quarantine)
     for source, fact in zip(sources, facts, strict=True):
@@ -125,8 +128,12 @@ def connect(verbose: bool) -> None:
 
 
 def _resolve(config: Config, name: str, revision: str | None, init: Path, cache: Path) -> ResolvedModel:
-    model = config.model
-    return resolve_model(name, revision, model.trust_remote_code, init, config.run.seed, cache / "weights.json")
+    """In a task: the driver then needs no transformers, and the process that loaded it tokenises next."""
+    import ray
+
+    task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
+    weights = cache / "weights.json"
+    return _get(task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights))  # type: ignore[no-any-return]
 
 
 def _reference_job(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ReferenceJob:
@@ -135,14 +142,16 @@ def _reference_job(config: Config, run: RunDir, policy: ResolvedModel, cache: Pa
     frozen = policy
     if settings.name_or_path is not None:
         frozen = _resolve(config, settings.name_or_path, settings.revision, run.path / "reference_init", cache)
-        trusted = model.trust_remote_code
-        own = load_tokenizer(policy.path, policy.revision, trusted)
-        require_same_tokens(own, load_tokenizer(frozen.path, frozen.revision, trusted), settings.name_or_path)
+        if frozen.vocabulary != policy.vocabulary:
+            raise InputError(
+                f"reference.name_or_path {settings.name_or_path}: its tokenizer maps tokens to other ids than the policy's; a"
+                " reference must share the vocabulary"
+            )
     dtype = settings.dtype or model.dtype
     store = None
     if settings.store is not None:
-        key = store_key(frozen.digest, dtype)
-        facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.digest, "dtype": dtype}
+        key = store_key(frozen.weights, dtype)
+        facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.weights, "dtype": dtype}
         store = ReferenceStore.create(Path(settings.store).absolute(), key, facts)
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), dtype, settings, store)
 
@@ -213,8 +222,6 @@ def fit(prepared: Prepared) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from caldpo_ray.training import is_minimised, train_loop_per_worker
-
     config, run = prepared.config, prepared.run
     side_by_side = require_placeable(config, prepared.job is not None)
     write_manifest(prepared)
@@ -238,10 +245,10 @@ def fit(prepared: Prepared) -> None:
         metric = config.train.best_metric
         ranked = {
             "checkpoint_score_attribute": metric,
-            "checkpoint_score_order": "min" if is_minimised(metric) else "max",
+            "checkpoint_score_order": "min" if config.train.best_is_smallest else "max",
         }
     trainer = TorchTrainer(
-        train_loop_per_worker,
+        train_loop,
         train_loop_config=worker_settings(prepared, feed),
         torch_config=TorchConfig(backend="nccl" if config.train.use_gpu and _has_cuda() else "gloo"),
         scaling_config=scaling,
@@ -257,12 +264,27 @@ def fit(prepared: Prepared) -> None:
         try:
             trainer.fit()
         except Exception as error:
+            _raise_failure(feed)
             raise find_error(error) or RunError(f"training stopped: {_last_line(error)}") from error
-    failure = ray.get(feed.progress.remote()).failure
+    _raise_failure(feed)
     ray.kill(feed)
+
+
+def _raise_failure(feed: Any) -> None:
+    """What a worker said before it stopped for good."""
+    import ray
+
+    failure = ray.get(feed.progress.remote()).failure
     if failure is not None:
         kind, message = failure
         raise (InputError if kind == InputError.__name__ else RunError)(message)
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """What a worker runs; imported there, so that the driver needs no transformers."""
+    from caldpo_ray.training import train_loop_per_worker
+
+    train_loop_per_worker(settings)
 
 
 def _has_cuda() -> bool:
@@ -309,7 +331,7 @@ def write_manifest(prepared: Prepared) -> None:
     packages = ("caldpo-ray", "ray", "torch", "transformers", "deepspeed", "peft")
     facts = {
         "versions": {name: version(name) for name in packages},
-        "policy": {"path": prepared.config.model.name_or_path, "digest": prepared.policy.digest},
+        "policy": {"path": prepared.config.model.name_or_path, "digest": prepared.policy.weights},
         "reference": None
         if prepared.job is None
         else {"path": prepared.job.model.name_or_path, "key": prepared.reference_key},
@@ -323,14 +345,12 @@ def write_manifest(prepared: Prepared) -> None:
 
 
 def finish(prepared: Prepared) -> None:
-    """Tokenizer and card beside the weights; the last evaluation as `eval.json`."""
+    """A card beside the weights; the last evaluation as `eval.json`."""
     run, config = prepared.run, prepared.config
-    tokenizer = load_tokenizer(prepared.policy.path, prepared.policy.revision, config.model.trust_remote_code)
     lines = read_metrics(run.metrics)
     evaluations = [line for line in lines if line["split"] == "eval"]
     for folder in (run.model, run.best):
         if folder.exists():
-            tokenizer.save_pretrained(folder)
             write_model_card(
                 folder, config, json.loads(run.manifest.read_text()), evaluations[-1] if evaluations else None
             )

@@ -23,6 +23,8 @@ class Watcher:
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None
+        self._notes: list[str] = []
+        self._num_notes_shown = 0
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> "Watcher":
@@ -40,6 +42,9 @@ class Watcher:
         shown, last_plain = "", -PLAIN_SECONDS
         while not self._stop.wait(POLL_SECONDS):
             text = self._text()
+            for note in self._notes[self._num_notes_shown :]:
+                say(f"\r\x1b[2K{note}" if live else note)
+                self._num_notes_shown += 1
             if live:
                 sys.stdout.write(f"\r\x1b[2K{text}")
                 sys.stdout.flush()
@@ -60,6 +65,7 @@ class Watcher:
             progress = ray.get(self._feed.progress.remote(), timeout=5)
         except RayError:
             return "the feed is starting again"
+        self._notes = progress.notes
         line = progress.lines.get("train")
         if line is None:
             reference = progress.reference

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
-from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.errors import RunError
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
 from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
@@ -224,12 +224,3 @@ def reference_model(model: ModelSection, settings: ReferenceSection, path: str, 
     return model.model_copy(
         update={"name_or_path": path, "revision": revision, "lora": None, "gradient_checkpointing": False}
     )
-
-
-def require_same_tokens(policy: Any, reference: Any, name: str) -> None:
-    """Log-probs of two models compare only over the same token ids. Raises InputError."""
-    if policy.get_vocab() != reference.get_vocab():
-        raise InputError(
-            f"reference.name_or_path {name}: its tokenizer maps tokens to other ids than the policy's; a reference must share"
-            " the vocabulary"
-        )

@@ -5,7 +5,6 @@ count of the global batch, so accumulation and sharding do not change it.
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -30,12 +29,12 @@ from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
 from caldpo_ray.loggers import Logger, open_loggers, scalars
+from caldpo_ray.models import load_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 
 PREFETCH_STEPS = 2
-MINIMISED = ("loss", "nll", "calibration/", "objective/")
 
 
 def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
@@ -112,7 +111,10 @@ def build_engine(config: Config, model: ModelSection, device: torch.device, univ
     policy.to(device)
     scorer = ResponseScorer(policy, pad_id=0)
     optimizer = make_optimizer(scorer, config.train)
+    # DeepSpeed compiles a function of an optimiser (Muon) at import: that loads all of torch.compile, seconds of start-up.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
+    del os.environ["TORCHDYNAMO_DISABLE"]
     scorer.layout = choose_layout(scorer).layout
     return engine
 
@@ -135,6 +137,7 @@ class PolicyWorker:
         stage = self.config.train.deepspeed.zero_stage
         self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
         model = ModelSection.model_validate(settings["model"])
+        self.tokenizer = load_tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
         self.engine = build_engine(self.config, model, self.device, self.universal)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
@@ -259,7 +262,7 @@ class PolicyWorker:
             raise InputError(
                 f"train.best_metric = {self.config.train.best_metric}: not among the evaluation metrics: {known}"
             )
-        if best is not None and (value > best if is_minimised(self.config.train.best_metric) else value <= best):
+        if best is not None and (value > best if self.config.train.best_is_smallest else value <= best):
             return best
         self.export(self.run.best)
         return float(value)
@@ -291,6 +294,7 @@ class PolicyWorker:
             scratch = target.with_name(f".{target.name}.unfinished")
             shutil.rmtree(scratch, ignore_errors=True)
             model.save_pretrained(scratch, state_dict=weights)
+            self.tokenizer.save_pretrained(scratch)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         dist.barrier()
@@ -386,11 +390,6 @@ class PolicyWorker:
         return float(torch.nn.utils.get_total_norm(grads))
 
 
-def is_minimised(metric: str) -> bool:
-    """Losses, errors and their kind are better when smaller."""
-    return metric.startswith(MINIMISED)
-
-
 def tensors(micro_batch: MicroBatch, like: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """(lengths [rows, k], scores [rows, k], weights [rows], extra columns [rows]) as the objective takes them."""
     num_rows, k = like.shape
@@ -419,17 +418,21 @@ def _padded(values: Any, like: Tensor) -> Tensor:
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
-    """Entry point of every Ray Train worker. What restarting would not cure goes to the driver instead of being retried."""
-    worker = None
+    """Entry point of every Ray Train worker.
+
+    What restarting would not cure goes to the feed, and every rank ends quietly: the driver raises it. Anything else, a
+    lost peer above all, is raised, and Ray Train starts the group again from the last checkpoint.
+    """
+    feed = settings["feed"]
     try:
-        worker = PolicyWorker(settings)
-        worker.train()
+        PolicyWorker(settings).train()
     except (InputError, RunError) as error:
-        attempt = worker.attempt if worker else time.time_ns()
-        ray.get(settings["feed"].fail.remote(attempt, type(error).__name__, str(error)))
-
-
-def trainer_summary(path: Path) -> dict[str, Any]:
-    """The last line of a run's metrics."""
-    lines = path.read_text().splitlines()
-    return dict(json.loads(lines[-1])) if lines else {}
+        ray.get(feed.fail.remote(type(error).__name__, str(error)))
+        dist.destroy_process_group()  # peers inside a collective wake up with an error
+    except Exception as error:
+        if ray.get(feed.progress.remote()).failure is None:
+            last = (str(error).strip().splitlines() or [""])[-1]
+            feed.note.remote(
+                f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last}); starting again from the last checkpoint"
+            )
+            raise

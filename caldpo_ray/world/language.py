@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 LANGUAGE_VERSION = 1  # reviews of another version have other rewards
 
 ASPECTS = {
-    "film": ("acting", "plot", "music", "ending"),
-    "book": ("prose", "plot", "cover", "ending"),
-    "game": ("art", "plot", "music", "sound"),
+    "film": ("acting", "script", "music", "ending"),
+    "book": ("prose", "plot", "cover", "title"),
+    "game": ("art", "sound", "story", "pace"),
     "meal": ("soup", "bread", "service", "wine"),
 }
 PROMPTS = {f"review of the {topic} :": topic for topic in ASPECTS}
@@ -31,15 +31,15 @@ STOP_PROBABILITIES = (0.35, 0.6, 1.0)  # after the first, second and third claus
 # mirrors, so the mean reward of the base distribution is 0.
 ADJECTIVES = (
     ("nice", "plain", 0.4, 0.22),
-    ("good", "bad", 0.5, 0.19),
-    ("fresh", "stale", 0.6, 0.16),
-    ("strong", "weak", 0.7, 0.13),
-    ("clever", "clumsy", 0.8, 0.11),
-    ("lovely", "ugly", 1.0, 0.09),
-    ("superb", "awful", 1.3, 0.06),
-    ("perfect", "hopeless", 1.6, 0.04),
+    ("good", "bad", 0.6, 0.19),
+    ("fresh", "stale", 0.7, 0.16),
+    ("strong", "weak", 0.8, 0.13),
+    ("clever", "clumsy", 1.0, 0.11),
+    ("lovely", "ugly", 1.2, 0.09),
+    ("superb", "awful", 1.6, 0.06),
+    ("perfect", "hopeless", 2.0, 0.04),
 )
-VERBS = (("liked", "disliked", 0.5, 0.5), ("enjoyed", "resented", 0.8, 0.3), ("loved", "hated", 1.2, 0.2))
+VERBS = (("liked", "disliked", 0.6, 0.5), ("enjoyed", "resented", 1.0, 0.3), ("loved", "hated", 1.4, 0.2))
 # Factor on the valence of the adjective that follows, and probability; the other adjectives stand alone.
 MODIFIERS = {"slightly": (0.5, 0.1), "quite": (0.8, 0.1), "very": (1.4, 0.1), "really": (1.6, 0.1), "not": (-0.6, 0.15)}
 
@@ -50,7 +50,7 @@ class State:
 
     place: str
     topic: str
-    subjects: frozenset[str] = frozenset()  # of the clauses so far, this one included once it is known
+    clause: int = 1
     factor: float = 1.0  # of the modifier just read
 
 
@@ -65,16 +65,15 @@ class Arc:
 
 
 def _clause(state: State) -> list[Arc]:
-    verb = 0.0 if "i" in state.subjects else VERB_CLAUSE_PROBABILITY
-    arcs = [Arc("the", 1 - verb, replace(state, place="aspect"))]
-    if verb:
-        arcs.append(Arc("i", verb, replace(state, place="verb", subjects=state.subjects | {"i"})))
-    return arcs
+    return [
+        Arc("the", 1 - VERB_CLAUSE_PROBABILITY, replace(state, place="aspect")),
+        Arc("i", VERB_CLAUSE_PROBABILITY, replace(state, place="verb")),
+    ]
 
 
 def _aspect(state: State) -> list[Arc]:
-    left = [word for word in ASPECTS[state.topic] if word not in state.subjects]
-    return [Arc(word, 1 / len(left), replace(state, place="was", subjects=state.subjects | {word})) for word in left]
+    aspects = ASPECTS[state.topic]
+    return [Arc(word, 1 / len(aspects), replace(state, place="was")) for word in aspects]
 
 
 def _was(state: State) -> list[Arc]:
@@ -103,10 +102,10 @@ def _it(state: State) -> list[Arc]:
 
 
 def _end(state: State) -> list[Arc]:
-    stop = STOP_PROBABILITIES[len(state.subjects) - 1]
+    stop = STOP_PROBABILITIES[state.clause - 1]
     if stop == 1:
         return [Arc(".", 1.0, None)]
-    following = replace(state, place="clause")
+    following = replace(state, place="clause", clause=state.clause + 1)
     return [Arc(".", stop, None)] + [Arc(word, (1 - stop) / len(LINKS), following) for word in LINKS]
 
 

@@ -9,10 +9,11 @@ optimum is always grammatical.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from caldpo_ray.world.automaton import automaton
+from caldpo_ray.world.automaton import Doubles, Ints, automaton
 
 LARGEST_INVERSE_STRENGTH = 1000.0  # far beyond the point where the optimum is the best review of each prompt
 
@@ -28,30 +29,51 @@ class OptimalPoint:
 
 def optimum(strengths: Sequence[float]) -> list[OptimalPoint]:
     """The optimum at each lambda > 0 (``math.inf`` for the base distribution)."""
-    tables = automaton()
-    inverse = 1 / np.asarray(strengths, np.float64)  # [points]
-    log_z = np.zeros((len(tables.targets), len(inverse)))  # of what follows a state
-    reward = np.zeros_like(log_z)
-    for state in range(1, len(log_z)):
-        arcs = tables.probabilities[state] > 0
-        targets, gain = tables.targets[state, arcs], tables.rewards[state, arcs][:, None]
-        logits = np.log(tables.probabilities[state, arcs])[:, None] + gain * inverse + log_z[targets]
-        log_z[state] = np.logaddexp.reduce(logits)
-        reward[state] = (np.exp(logits - log_z[state]) * (gain + reward[targets])).sum(axis=0)
-    starts = list(tables.starts.values())
-    kl = (reward[starts] * inverse - log_z[starts]).mean(axis=0)
-    return [OptimalPoint(*map(float, point)) for point in zip(strengths, reward[starts].mean(axis=0), kl, strict=True)]
+    return _points(1 / np.asarray(strengths, np.float64))
 
 
 def optimum_at_kl(kls: Sequence[float]) -> list[OptimalPoint]:
     """The optimum at each KL to the base distribution (nats), by bisection on 1 / lambda.
 
-    Beyond the KL of the best single review per prompt there is nothing better: that review's point is returned.
+    No policy gains from more KL than the best single review of each prompt has: beyond it, that review's point.
     """
     wanted = np.asarray(kls, np.float64)
     low, high = np.zeros_like(wanted), np.full_like(wanted, LARGEST_INVERSE_STRENGTH)
     for _ in range(60):  # to the resolution of float64
         middle = (low + high) / 2
-        below = np.array([point.kl for point in optimum(1 / middle)]) < wanted
+        below = np.array([point.kl for point in _points(middle)]) < wanted
         low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return optimum(1 / high)
+    return _points(high)
+
+
+def _points(inverse_strengths: Doubles) -> list[OptimalPoint]:
+    """The backward pass, for all strengths at once."""
+    rows, starts = _values()
+    log_z = np.zeros((len(rows) + 1, len(inverse_strengths)))  # of what follows a state
+    reward = np.zeros_like(log_z)
+    for state, (log_p, gain, targets) in enumerate(rows, start=1):
+        logits = log_p + gain * inverse_strengths + log_z[targets]
+        log_z[state] = np.logaddexp.reduce(logits)
+        reward[state] = (np.exp(logits - log_z[state]) * (gain + reward[targets])).sum(axis=0)
+    kl = reward[starts] * inverse_strengths - log_z[starts]
+    with np.errstate(divide="ignore"):
+        means = 1 / inverse_strengths, reward[starts].mean(axis=0), kl.mean(axis=0)
+    return [OptimalPoint(*map(float, point)) for point in zip(*means, strict=True)]
+
+
+@cache
+def _values() -> tuple[list[tuple[Doubles, Doubles, Ints]], list[int]]:
+    """The automaton without its words: states with the same future in probability and reward become one."""
+    tables = automaton()
+    merged = {(): 0}
+    new_number = np.zeros(len(tables.targets), np.int64)
+    for state in range(1, len(new_number)):
+        arcs = tables.probabilities[state] > 0
+        values = tables.probabilities[state, arcs], tables.rewards[state, arcs], new_number[tables.targets[state, arcs]]
+        key = tuple(sorted(zip(*(column.tolist() for column in values), strict=True)))
+        new_number[state] = merged.setdefault(key, len(merged))
+    rows = []
+    for key in list(merged)[1:]:
+        p, gain, targets = (np.array(column) for column in zip(*key, strict=True))
+        rows.append((np.log(p)[:, None], gain[:, None], targets))
+    return rows, [int(new_number[start]) for start in tables.starts.values()]

@@ -26,72 +26,65 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one run; log-ratio and KL in nats, grammatical as a share."""
+    """What was measured of one run."""
 
     name: str
-    chosen: Estimate  # log-ratio h_w of the chosen responses over the last training steps
-    grammatical: Estimate
+    chosen: Estimate  # log-ratio h_w of the chosen responses at the end of training, nats
+    grammatical: Estimate  # share of the samples
     reward: Estimate  # true reward per response
-    kl: Estimate  # to the reference, per response
+    kl: Estimate  # to the reference, nats per response
     shortfall: Estimate  # reward of the exact optimum at this KL, minus the reward
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One line of the conclusion: which number, how it reads, and which sign is good."""
+    """One line of the conclusion: which number, and which sign is good."""
 
     title: str
     of: Callable[[Result], Estimate]
     better: int  # 1: higher is better; -1: lower is better
-    percent: bool = False
+    scale: float = 1.0
+    unit: str = ""
 
     def text(self, estimate: Estimate) -> str:
-        """The estimate with its standard error."""
-        if self.percent:
-            return f"{100 * estimate.value:.1f} ± {100 * estimate.se:.1f} %"
-        return f"{estimate.value:.2f} ± {estimate.se:.2f}"
+        digits = 1 if self.unit == "%" else 2
+        return f"{self.scale * estimate.value:.{digits}f} ± {self.scale * estimate.se:.{digits}f}{self.unit}"
+
+    def lead(self, ours: Result, rival: Result) -> Estimate:
+        """By how much `ours` is better; negative where it is worse."""
+        difference = self.of(ours) - self.of(rival)
+        return Estimate(self.better * difference.value, difference.se)
 
 
 QUANTITIES = (
-    Quantity("Chosen log-ratio h_w, nats", lambda result: result.chosen, better=1),
-    Quantity("Grammatical samples", lambda result: result.grammatical, better=1, percent=True),
+    Quantity("Chosen log-ratio h_w (nats)", lambda result: result.chosen, better=1),
+    Quantity("Grammatical samples", lambda result: result.grammatical, better=1, scale=100, unit="%"),
     Quantity("True reward", lambda result: result.reward, better=1),
-    Quantity("Reward below the optimum at the same KL", lambda result: result.shortfall, better=-1),
+    Quantity("Reward missing to the optimum of the same KL", lambda result: result.shortfall, better=-1),
 )
 
 
 def conclude(ours: Result, rivals: Sequence[Result]) -> list[str]:
-    """Five lines: each quantity of `ours` against every rival, and the score of all comparisons."""
-    lines, wins, ties = [], 0, 0
-    losses: list[str] = []
+    """Five lines: `ours` against every rival in each quantity, and the count of all comparisons."""
+    lines = []
+    won, lost, open_ = [], [], []
     for quantity in QUANTITIES:
-        parts = [f"{quantity.title}: {_measured(quantity, ours)}"]
+        verdicts = []
         for rival in rivals:
-            ahead = _ahead(quantity, ours, rival)
-            parts.append(f"{_measured(quantity, rival)}: {_verdict(quantity, ours, ahead)}")
-            wins += ahead.is_clear and ahead.value > 0
-            ties += not ahead.is_clear
-            if ahead.is_clear and ahead.value < 0:
-                losses.append(f"{quantity.title} against {rival.name}")
-        lines.append("; ".join(parts) + ".")
-    lost = f"loses {len(losses)} ({'; '.join(losses)})" if losses else "loses none"
-    total = len(QUANTITIES) * len(rivals)
-    lines.append(f"In all, {ours.name} wins {wins} of {total} comparisons, {lost}, and {ties} are within noise.")
+            lead = quantity.lead(ours, rival)
+            verdicts.append(_verdict(quantity, lead, rival))
+            kind = open_ if not lead.is_clear else won if lead.value > 0 else lost
+            kind.append(f"{quantity.title.lower()} against {rival.name}")
+        lines.append(f"{quantity.title}: {ours.name} with {quantity.text(quantity.of(ours))} {'; '.join(verdicts)}.")
+    total = len(won) + len(lost) + len(open_)
+    losses = f"loses {len(lost)} ({'; '.join(lost)})" if lost else "loses none"
+    lines.append(f"In all, of {total} comparisons {ours.name} wins {len(won)}, {losses}; {len(open_)} within noise.")
     return lines
 
 
-def _ahead(quantity: Quantity, ours: Result, rival: Result) -> Estimate:
-    """By how much `ours` is better; negative where it is worse."""
-    difference = quantity.of(ours) - quantity.of(rival)
-    return Estimate(quantity.better * difference.value, difference.se)
-
-
-def _measured(quantity: Quantity, result: Result) -> str:
-    return f"{result.name} {quantity.text(quantity.of(result))}"
-
-
-def _verdict(quantity: Quantity, ours: Result, ahead: Estimate) -> str:
-    size = quantity.text(Estimate(abs(ahead.value), ahead.se))
-    if not ahead.is_clear:
-        return f"within noise (difference {size})"
-    return f"{ours.name} {'wins' if ahead.value > 0 else 'LOSES'} by {size}"
+def _verdict(quantity: Quantity, lead: Estimate, rival: Result) -> str:
+    against = f"{rival.name} ({quantity.text(quantity.of(rival))})"
+    if not lead.is_clear:
+        return f"cannot be told from {against}"
+    size = quantity.text(Estimate(abs(lead.value), lead.se))
+    return f"{'beats' if lead.value > 0 else 'LOSES to'} {against} by {size}"

@@ -12,19 +12,21 @@ from matplotlib.figure import Figure
 from caldpo_ray.world import optimum
 
 COLOURS = ("#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito: told apart by colour-blind readers
-MARKERS = ("o", "s", "D")
+MARKERS = ("o", "s", "D", "x")
 GREY = "0.35"
 SMOOTHED_STEPS = 9
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.fontsize": 8}
 
 MetricsLines = Sequence[Mapping[str, Any]]
 
 
-def draw(path: Path, dynamics: Mapping[str, MetricsLines], target: float, results: Sequence[Result]) -> None:
+def draw(
+    path: Path, dynamics: Mapping[str, MetricsLines], target: float, results: Sequence[Result], base: Result
+) -> None:
     """Write the figure as PNG.
 
-    `dynamics`: training lines of metrics.jsonl by run name, coloured like the first of `results`; `target`: where the
-    calibration term pulls h_w and, negated, h_l (nats).
+    `dynamics`: training lines of metrics.jsonl by run name, coloured like the first of `results`, of which the very first
+    is the calibrated one; `target`: where its calibration term pulls h_w and, negated, h_l (nats).
     """
     import matplotlib
 
@@ -32,7 +34,7 @@ def draw(path: Path, dynamics: Mapping[str, MetricsLines], target: float, result
         figure = Figure(figsize=(9.5, 4.0), layout="constrained")
         left, right = figure.subplots(1, 2)
         draw_dynamics(left, dynamics, target)
-        draw_rewards(right, results)
+        draw_rewards(right, results, base)
         figure.savefig(path, dpi=180)
 
 
@@ -52,7 +54,7 @@ def draw_dynamics(axes: Axes, dynamics: Mapping[str, MetricsLines], target: floa
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(xlabel="optimiser step", ylabel="log-ratio policy / reference (nats)", title="Training dynamics")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="lower left", edgecolor="none", framealpha=0.9)
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
@@ -61,23 +63,20 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
-def draw_rewards(axes: Axes, results: Sequence[Result]) -> None:
+def draw_rewards(axes: Axes, results: Sequence[Result], base: Result) -> None:
     """True reward against KL with one standard error each, below the exact optimum."""
     widest = 1.15 * max(1.0, *(result.kl.value + result.kl.se for result in results))
     points = [point for point in optimum(np.geomspace(0.02, 200, 200).tolist()) if point.kl <= widest]
-    axes.plot([p.kl for p in points], [p.reward for p in points], color=GREY, linewidth=1.2, label="exact optimum")
-    for result, colour, marker in zip(results, (*COLOURS[: len(results) - 1], GREY), MARKERS, strict=False):
+    axes.plot([p.kl for p in points], [p.reward for p in points], color=GREY, linewidth=1.2, label="exact optimum from the true base (100 %)")
+    for result, colour, marker in zip((*results, base), (*COLOURS, GREY), MARKERS, strict=True):
         axes.errorbar(
             result.kl.value, result.reward.value, xerr=result.kl.se, yerr=result.reward.se,
-            color=colour, marker=marker, markersize=6, capsize=2, linestyle="none", label=result.name,
-        )  # fmt: skip
-        axes.annotate(
-            f"{result.name}\n{100 * result.grammatical.value:.0f} % grammatical",
-            (result.kl.value, result.reward.value), xytext=(7, -4), textcoords="offset points", va="top",
-            color=colour, fontsize=8,
+            color=colour, marker=marker, markersize=6, capsize=2, linestyle="none",
+            label=f"{result.name} ({100 * result.grammatical.value:.0f} % grammatical)",
         )  # fmt: skip
     # The optimum grows like the square root of a small KL: on this axis it is nearly a straight line.
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(0, widest)
     axes.set(xlabel="KL(policy || reference) per response (nats)", ylabel="true reward per response")
-    axes.set_title("Reward bought for KL")
+    axes.set_title("True reward bought for KL")
+    axes.legend(frameon=False, loc="upper left")  # nothing can lie above the optimum

@@ -29,13 +29,12 @@ from caldpo_ray.world import create_world, mean_and_standard_error, optimum_at_k
 
 CONFIGS = Path(__file__).parent
 OUTPUT = Path("runs/quickstart")  # as in the configs
-BASE = OUTPUT / "sft"
-PREFERENCE_RUNS: tuple[tuple[str, list[str]], ...] = (
+CONTRASTS: tuple[tuple[str, list[str]], ...] = (
     ("cal_dpo.yaml", []),
     ("dpo.yaml", []),
     ("dpo.yaml", ["run.name=dpo_beta1", "objective.beta=1.0"]),
 )
-LAST_STEPS = 16  # the conclusion takes the log-ratio over these
+LAST_STEPS = 16  # the conclusion averages the log-ratio over these
 
 
 def quickstart(overrides: Sequence[str]) -> None:
@@ -44,26 +43,26 @@ def quickstart(overrides: Sequence[str]) -> None:
     with phase("world", seconds):
         create_world(OUTPUT / "world")
     with phase("sft", seconds):
-        train(load_config(CONFIGS / "sft.yaml", overrides))
-    configs = [load_config(CONFIGS / file, [*changes, *overrides]) for file, changes in PREFERENCE_RUNS]
+        base = train(load_config(CONFIGS / "sft.yaml", overrides))
+    configs = [load_config(CONFIGS / file, [*changes, *overrides]) for file, changes in CONTRASTS]
+    runs = []
     for config in configs:
         with phase(config.run.name, seconds):
-            known = stored_log_probs(config)
-            train(config)
-            say(f"reference store: {known} log-probs before this run, {stored_log_probs(config) - known} more after it")
-    runs = [RunDir(Path(config.run_dir)) for config in configs]
+            runs.append(train_with_shared_reference(config))
     with phase("samples", seconds):
-        base, *sampled = sample([RunDir(BASE), *runs])
+        of_base, *of_runs = sample([base, *runs], reference=base)
     with phase("figure", seconds):
         results = [
             measured(name_of(config), chosen_log_ratio(run), facts)
-            for config, run, facts in zip(configs, runs, sampled, strict=True)
+            for config, run, facts in zip(configs, runs, of_runs, strict=True)
         ]
-        dynamics = {result.name: train_lines(run) for result, run in zip(results[:2], runs, strict=False)}
-        target = configs[0].objective.calibration_target
-        # The base is the reference: its log-ratios are zero.
-        draw(OUTPUT / "figure.png", dynamics, target, [*results, measured("SFT base", Estimate(0, 0), base)])
-    report(results, seconds)
+        dynamics = {result.name: train_lines(run) for result, run in zip(results[:2], runs[:2], strict=True)}
+        start = measured("SFT base", Estimate(0, 0), of_base)  # it is the reference: its log-ratios are zero
+        draw(OUTPUT / "figure.png", dynamics, 0.5 / configs[0].objective.beta, results, start)
+    report(base, runs, seconds)
+    say(f"\nConclusion (± one standard error, a difference counts beyond {CLEAR:g} of them; one seed)")
+    for line in conclude(results[0], results[1:]):
+        say(f"- {line}")
 
 
 @contextmanager
@@ -75,28 +74,34 @@ def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = time.monotonic() - started
 
 
+def train_with_shared_reference(config: Config) -> RunDir:
+    """Train, and say how many log-probs of the base were in the store before and how many the run had to add."""
+    before = stored_log_probs(config)
+    run = train(config)
+    say(f"reference store: {before} log-probs before this run, {stored_log_probs(config) - before} added by it")
+    return run
+
+
 def stored_log_probs(config: Config) -> int:
-    """Responses in the reference store, which the preference runs share."""
     return sum(reference["entries"] for reference in list_references(str(config.reference.store)))
 
 
-def sample(runs: Sequence[RunDir]) -> list[dict[str, float]]:
-    """True reward, KL to the base and grammaticality of every run, kept in its folder; two run at a time."""
+def sample(runs: Sequence[RunDir], reference: RunDir) -> list[dict[str, float]]:
+    """True reward, grammaticality and KL to the reference of each run, remembered in its folder."""
     import ray
 
-    from caldpo_ray.evaluation import sample_world
     from caldpo_ray.pipeline import connect
+    from caldpo_ray.sampling import sample_world
 
-    files = [run.path / "samples.json" for run in runs]
-    missing = [(run, file) for run, file in zip(runs, files, strict=True) if not file.exists()]
+    files = {run: run.path / "samples.json" for run in runs}
+    missing = [run for run in runs if not files[run].exists()]
     if missing:
         connect(verbose=False)
         task = ray.remote(sample_world)
-        for (_, file), facts in zip(
-            missing, ray.get([task.remote(str(run.model), str(BASE / "model")) for run, _ in missing]), strict=True
-        ):
-            write_atomically(file, json.dumps(facts, indent=1))
-    return [json.loads(file.read_text()) for file in files]
+        facts = ray.get([task.remote(str(run.model), str(reference.model)) for run in missing])
+        for run, values in zip(missing, facts, strict=True):
+            write_atomically(files[run], json.dumps(values, indent=1))
+    return [json.loads(files[run].read_text()) for run in runs]
 
 
 def name_of(config: Config) -> str:
@@ -110,26 +115,25 @@ def train_lines(run: RunDir) -> list[dict[str, Any]]:
 
 
 def chosen_log_ratio(run: RunDir) -> Estimate:
-    """h_w of the last steps; its standard error from the scatter of the steps."""
+    """h_w over the last steps; the standard error is that of the scatter between steps."""
     return Estimate(*mean_and_standard_error([line["logratios/chosen"] for line in train_lines(run)[-LAST_STEPS:]]))
 
 
 def measured(name: str, chosen: Estimate, facts: dict[str, float]) -> Result:
-    """Estimates from one sampling; the optimum moves with the KL, so the KL's error counts in the shortfall."""
+    """Estimates from one sampling. The optimum rises with the KL, so the error of the KL counts in the shortfall."""
     grammatical, reward, kl = (Estimate(facts[key], facts[f"{key}_se"]) for key in ("grammatical", "true_reward", "kl"))
     low, high = (point.reward for point in optimum_at_kl([max(0.0, kl.value - kl.se), kl.value + kl.se]))
     shortfall = Estimate(facts["optimum_reward"], (high - low) / 2) - reward
     return Result(name, chosen, grammatical, reward, kl, shortfall)
 
 
-def report(results: Sequence[Result], seconds: dict[str, float]) -> None:
-    """Where things are, how long they took, and what they show."""
-    say(f"\nruns    {', '.join(str(OUTPUT / name) for name in seconds if (OUTPUT / name / 'model').is_dir())}")
-    say(f"figure  {OUTPUT / 'figure.png'}")
-    say(f"seconds {', '.join(f'{name} {taken:.0f}' for name, taken in seconds.items())}; {sum(seconds.values()):.0f} in all")
-    say(f"\nConclusion (± one standard error; a difference counts beyond {CLEAR:g} of them; one seed)")
-    for line in conclude(results[0], results[1:]):
-        say(f"- {line}")
+def report(base: RunDir, runs: Sequence[RunDir], seconds: dict[str, float]) -> None:
+    """Where everything is and how long it took."""
+    say("")
+    for run in (base, *runs):
+        say(f"run      {run.path}")
+    say(f"figure   {(OUTPUT / 'figure.png').absolute()}")
+    say(f"seconds  {', '.join(f'{name} {taken:.0f}' for name, taken in seconds.items())}; {sum(seconds.values()):.0f} in all")
 
 
 if __name__ == "__main__":

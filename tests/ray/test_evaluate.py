@@ -1,0 +1,151 @@
+"""Evaluation through the actor pool: what training measured, what the plain model says, and the world's samples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import caldpo_ray
+from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.evaluation import evaluate
+from caldpo_ray.export import export, write_model_manifest
+from caldpo_ray.models import resolve_model
+from caldpo_ray.run_dir import RunDir, read_metrics
+from caldpo_ray.sampling import sample_world
+from tests.ray.runs import write_config
+
+pytestmark = pytest.mark.ray
+NUM_SAMPLES = 50
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, world: Path, cluster: str) -> RunDir:
+    """A short Cal-DPO run that holds out a fifth of its rows."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = write_config(folder, world, data={"eval": 0.2}, train={"num_workers": 1, "max_steps": 6})
+    return caldpo_ray.train(config, ["run.name=run"])
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: RunDir) -> dict[str, Any]:
+    return evaluate(run.path, scores=run.path / "scores.jsonl", num_samples=NUM_SAMPLES)
+
+
+def scores_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    names = [name for name in found["counts"] if name != "calibration/ece"]
+    assert {"loss", "rewards/accuracies", "logratios/margins", "calibration/error"} <= set(names)
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
+
+
+def test_a_run_measures_what_its_training_measured(run: RunDir, evaluated: dict[str, Any]) -> None:
+    last = [line for line in read_metrics(run.metrics) if line["split"] == "eval"][-1]
+    assert_same_metrics(evaluated, last)
+    manifest = json.loads(run.manifest.read_text())
+    assert evaluated["eval_rows"] == evaluated["counts"]["loss"] == manifest["eval_rows"] < 400
+    assert evaluated["step"] == 6
+    assert json.loads(run.eval.read_text()) == evaluated
+
+
+def test_scores_agree_with_the_metrics(run: RunDir, evaluated: dict[str, Any]) -> None:
+    rewards = np.array([line["reward"] for line in scores_of(run.path / "scores.jsonl")]).reshape(-1, 2)
+    assert len(rewards) == evaluated["eval_rows"]
+    assert evaluated["rewards/accuracies"] == pytest.approx((rewards[:, 0] > rewards[:, 1]).mean())
+    assert evaluated["rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), rel=1e-4)
+
+
+def test_a_world_run_is_sampled_beside_its_reference(run: RunDir, evaluated: dict[str, Any]) -> None:
+    expected = sample_world(str(run.model), str(run.init), num_samples=NUM_SAMPLES, seed=7)
+    assert {name: evaluated[f"world/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert evaluated["world/kl"] > 0 and evaluated["world/num_samples"] == NUM_SAMPLES
+
+
+def test_an_exported_model_carries_what_it_was_trained_against(
+    run: RunDir, world: Path, tmp_path: Path, evaluated: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the same rows the store knows the reference already, and the numbers are those of the run."""
+    config = caldpo_ray.load_config(run.config)
+    frozen = resolve_model(str(run.init), None, False, run.init, config.run.seed, tmp_path / "weights.json")
+    write_model_manifest(run.model, config, frozen)
+    target = export(run.path, tmp_path / "exported")
+    wanted = {line["row_id"] for line in scores_of(run.path / "scores.jsonl")}
+    found = evaluate(
+        target,
+        data=str(world / "train.jsonl"),
+        scores=tmp_path / "scores.jsonl",
+        overrides=[f"reference.store={config.reference.store}", f"run.output_dir={run.path.parent}"],
+        num_samples=2,
+    )
+    assert "reference: 800 log-probs joined, 0 scored" not in capsys.readouterr().out
+    assert found["objective"] == evaluated["objective"]
+    again = [line["reward"] for line in scores_of(tmp_path / "scores.jsonl") if line["row_id"] in wanted]
+    assert again == pytest.approx([line["reward"] for line in scores_of(run.path / "scores.jsonl")], abs=1e-4)
+
+
+def random_model(world: Path, folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(world / "model", initializer_range=0.1, hidden_size=32, intermediate_size=48)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world / "model").save_pretrained(folder)
+    return folder
+
+
+def plain_logps(folder: Path, data: Path) -> np.ndarray:
+    """Log-probs [rows, 2] in nats by transformers alone: tokenizer, model, log-softmax."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    sums = []
+    for line in data.read_text().splitlines():
+        row = json.loads(line)
+        start = len(tokenizer(row["prompt"])["input_ids"])
+        for response in (row["chosen"], row["rejected"]):
+            ids = torch.tensor([[*tokenizer(row["prompt"] + response)["input_ids"], tokenizer.eos_token_id]])
+            with torch.no_grad():
+                logps = model(ids).logits[0, :-1].double().log_softmax(-1)
+            sums.append(float(logps[start - 1 :].gather(1, ids[0, start:, None]).sum()))
+    return np.array(sums).reshape(-1, 2)
+
+
+def test_any_model_against_any_reference(world: Path, tmp_path: Path, cluster: str) -> None:
+    """Scores, rewards and accuracy against plain transformers."""
+    data, policy = tmp_path / "pairs.jsonl", random_model(world, tmp_path / "policy", 1)
+    data.write_text("".join((world / "eval.jsonl").read_text().splitlines(keepends=True)[:40]))
+    reference, file = random_model(world, tmp_path / "reference", 2), tmp_path / "scores.jsonl"
+    found = evaluate(
+        policy, data=str(data), reference=str(reference), beta=0.5, scores=file,
+        overrides=[f"run.output_dir={tmp_path}", "reference.store=null"],
+    )  # fmt: skip
+    logps, frozen = plain_logps(policy, data), plain_logps(reference, data)
+    lines = scores_of(file)
+    assert [line["logp"] for line in lines] == pytest.approx(logps.ravel().tolist(), abs=1e-4)
+    assert [line["reference_logp"] for line in lines] == pytest.approx(frozen.ravel().tolist(), abs=1e-4)
+    rewards = 0.5 * (logps - frozen)
+    assert [line["reward"] for line in lines] == pytest.approx(rewards.ravel().tolist(), abs=1e-4)
+    assert found["rewards/accuracies"] == (rewards[:, 0] > rewards[:, 1]).mean()
+    assert found["loss"] == pytest.approx(np.log1p(np.exp(rewards[:, 1] - rewards[:, 0])).mean(), rel=1e-4)
+    assert found["objective"] == {"name": "dpo", "beta": 0.5, "label_smoothing": 0.0}
+    assert "world/true_reward" not in found and json.loads((policy / "eval.json").read_text()) == found
+
+
+def test_errors_inside_the_pool_come_out_as_one_message(world: Path, tmp_path: Path, cluster: str) -> None:
+    model = random_model(world, tmp_path / "model", 1)
+    options: dict[str, Any] = {"overrides": [f"run.output_dir={tmp_path}"]}
+    single = tmp_path / "single.jsonl"
+    single.write_text(json.dumps({"prompt": "review of the film :", "completion": " the acting was good ."}) + "\n")
+    with pytest.raises(InputError, match="1 response, but the objective compares 2 or more"):
+        evaluate(model, data=str(single), **options)
+    with pytest.raises(InputError, match=r"a reference actor .* needs 0.5 CPU, 1 GPU"):
+        options["overrides"] += ["reference.num_gpus_per_actor=1", "train.placement_timeout_seconds=0.1"]
+        evaluate(model, data=str(world / "eval.jsonl"), **options)
+    weights = AutoModelForCausalLM.from_pretrained(model)
+    weights.lm_head.weight.data.fill_(float("nan"))
+    weights.save_pretrained(model)
+    with pytest.raises((InputError, RunError), match="its weights hold NaN"):
+        evaluate(model, data=str(world / "eval.jsonl"), overrides=options["overrides"][:1])
