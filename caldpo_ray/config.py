@@ -8,7 +8,7 @@ compares only the others (`Config.identity`).
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -192,7 +192,7 @@ def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, bool]]:
     plain = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        if isinstance(value, Section):
+        if isinstance(value, BaseModel):
             yield from _walk(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", plain[name], EXECUTION in field.metadata
@@ -346,7 +346,7 @@ def _schema_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def _types(annotation: Any) -> Iterator[Any]:
     yield annotation
-    for inner in getattr(annotation, "__args__", ()):
+    for inner in get_args(annotation):
         yield from _types(inner)
 
 

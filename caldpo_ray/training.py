@@ -55,7 +55,7 @@ def make_optimizer(model: torch.nn.Module, train: TrainSection) -> torch.optim.O
     groups: list[dict[str, Any]] = [{"params": trainable, "weight_decay": 0.0}]
     if train.weight_decay:
         # Under zero.Init a parameter is empty on this rank and keeps its shape in ds_shape.
-        matrices = {id(p) for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1}
+        matrices = {id(p) for p in trainable if len(vars(p).get("ds_shape", p.shape)) > 1}
         groups = [
             {"params": [p for p in trainable if id(p) in matrices], "weight_decay": train.weight_decay},
             {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},

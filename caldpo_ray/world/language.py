@@ -31,15 +31,15 @@ STOP_PROBABILITIES = (0.35, 0.6, 1.0)  # after the first, second and third claus
 # mirrors, so the mean reward of the base distribution is 0.
 ADJECTIVES = (
     ("nice", "plain", 0.4, 0.22),
-    ("good", "bad", 0.6, 0.19),
-    ("fresh", "stale", 0.7, 0.16),
-    ("strong", "weak", 0.8, 0.13),
-    ("clever", "clumsy", 1.0, 0.11),
-    ("lovely", "ugly", 1.2, 0.09),
-    ("superb", "awful", 1.6, 0.06),
-    ("perfect", "hopeless", 2.0, 0.04),
+    ("good", "bad", 0.5, 0.19),
+    ("fresh", "stale", 0.6, 0.16),
+    ("strong", "weak", 0.7, 0.13),
+    ("clever", "clumsy", 0.8, 0.11),
+    ("lovely", "ugly", 1.0, 0.09),
+    ("superb", "awful", 1.3, 0.06),
+    ("perfect", "hopeless", 1.6, 0.04),
 )
-VERBS = (("liked", "disliked", 0.6, 0.5), ("enjoyed", "resented", 1.0, 0.3), ("loved", "hated", 1.4, 0.2))
+VERBS = (("liked", "disliked", 0.5, 0.5), ("enjoyed", "resented", 0.8, 0.3), ("loved", "hated", 1.2, 0.2))
 # Factor on the valence of the adjective that follows, and probability; the other adjectives stand alone.
 MODIFIERS = {"slightly": (0.5, 0.1), "quite": (0.8, 0.1), "very": (1.4, 0.1), "really": (1.6, 0.1), "not": (-0.6, 0.15)}
 

@@ -67,22 +67,25 @@ QUANTITIES = (
 def conclude(ours: Result, rivals: Sequence[Result]) -> list[str]:
     """Five lines: `ours` against every rival in each quantity, and the count of all comparisons."""
     lines = []
-    won, lost, open_ = [], [], []
     for quantity in QUANTITIES:
-        verdicts = []
-        for rival in rivals:
-            lead = quantity.lead(ours, rival)
-            verdicts.append(_verdict(quantity, lead, rival))
-            kind = open_ if not lead.is_clear else won if lead.value > 0 else lost
-            kind.append(f"{quantity.title.lower()} against {rival.name}")
-        lines.append(f"{quantity.title}: {ours.name} with {quantity.text(quantity.of(ours))} {'; '.join(verdicts)}.")
-    total = len(won) + len(lost) + len(open_)
-    losses = f"loses {len(lost)} ({'; '.join(lost)})" if lost else "loses none"
-    lines.append(f"In all, of {total} comparisons {ours.name} wins {len(won)}, {losses}; {len(open_)} within noise.")
-    return lines
+        verdicts = "; ".join(_verdict(quantity, ours, rival) for rival in rivals)
+        lines.append(f"{quantity.title}: {ours.name} with {quantity.text(quantity.of(ours))} {verdicts}.")
+    leads = [(quantity.lead(ours, rival), quantity, rival) for quantity in QUANTITIES for rival in rivals]
+    clear = [lead for lead in leads if lead[0].is_clear]
+    lost = [f"{quantity.title.lower()} against {rival.name}" for lead, quantity, rival in clear if lead.value < 0]
+    return [
+        *lines,
+        f"In all, of {len(leads)} comparisons {ours.name} wins {len(clear) - len(lost)}, loses {_listed(lost)};"
+        f" {len(leads) - len(clear)} within noise.",
+    ]
 
 
-def _verdict(quantity: Quantity, lead: Estimate, rival: Result) -> str:
+def _listed(items: Sequence[str]) -> str:
+    return f"{len(items)} ({'; '.join(items)})" if items else "none"
+
+
+def _verdict(quantity: Quantity, ours: Result, rival: Result) -> str:
+    lead = quantity.lead(ours, rival)
     against = f"{rival.name} ({quantity.text(quantity.of(rival))})"
     if not lead.is_clear:
         return f"cannot be told from {against}"

@@ -15,7 +15,13 @@ COLOURS = ("#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito: told apart by colo
 MARKERS = ("o", "s", "D", "x")
 GREY = "0.35"
 SMOOTHED_STEPS = 9
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.fontsize": 8}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "legend.fontsize": 8,
+}
 
 MetricsLines = Sequence[Mapping[str, Any]]
 
@@ -67,7 +73,13 @@ def draw_rewards(axes: Axes, results: Sequence[Result], base: Result) -> None:
     """True reward against KL with one standard error each, below the exact optimum."""
     widest = 1.15 * max(1.0, *(result.kl.value + result.kl.se for result in results))
     points = [point for point in optimum(np.geomspace(0.02, 200, 200).tolist()) if point.kl <= widest]
-    axes.plot([p.kl for p in points], [p.reward for p in points], color=GREY, linewidth=1.2, label="exact optimum from the true base (100 %)")
+    axes.plot(
+        [p.kl for p in points],
+        [p.reward for p in points],
+        color=GREY,
+        linewidth=1.2,
+        label="exact optimum from the true base (100 %)",
+    )
     for result, colour, marker in zip((*results, base), (*COLOURS, GREY), MARKERS, strict=True):
         axes.errorbar(
             result.kl.value, result.reward.value, xerr=result.kl.se, yerr=result.reward.se,

@@ -34,6 +34,7 @@ CONTRASTS: tuple[tuple[str, list[str]], ...] = (
     ("dpo.yaml", []),
     ("dpo.yaml", ["run.name=dpo_beta1", "objective.beta=1.0"]),
 )
+OBJECTIVES = {"cal_dpo": "Cal-DPO", "dpo": "DPO"}
 LAST_STEPS = 16  # the conclusion averages the log-ratio over these
 
 
@@ -58,7 +59,7 @@ def quickstart(overrides: Sequence[str]) -> None:
         ]
         dynamics = {result.name: train_lines(run) for result, run in zip(results[:2], runs[:2], strict=True)}
         start = measured("SFT base", Estimate(0, 0), of_base)  # it is the reference: its log-ratios are zero
-        draw(OUTPUT / "figure.png", dynamics, 0.5 / configs[0].objective.beta, results, start)
+        draw(OUTPUT / "figure.png", dynamics, configs[0].objective.calibration_target, results, start)
     report(base, runs, seconds)
     say(f"\nConclusion (± one standard error, a difference counts beyond {CLEAR:g} of them; one seed)")
     for line in conclude(results[0], results[1:]):
@@ -106,8 +107,8 @@ def sample(runs: Sequence[RunDir], reference: RunDir) -> list[dict[str, float]]:
 
 def name_of(config: Config) -> str:
     """Objective and beta as people write them."""
-    name = config.objective.name
-    return f"{'Cal-DPO' if name == 'cal_dpo' else name.upper()} β={config.objective.beta:g}"
+    objective = config.objective.model_dump()
+    return f"{OBJECTIVES[objective['name']]} β={objective['beta']:g}"
 
 
 def train_lines(run: RunDir) -> list[dict[str, Any]]:
@@ -133,7 +134,9 @@ def report(base: RunDir, runs: Sequence[RunDir], seconds: dict[str, float]) -> N
     for run in (base, *runs):
         say(f"run      {run.path}")
     say(f"figure   {(OUTPUT / 'figure.png').absolute()}")
-    say(f"seconds  {', '.join(f'{name} {taken:.0f}' for name, taken in seconds.items())}; {sum(seconds.values()):.0f} in all")
+    say(
+        f"seconds  {', '.join(f'{name} {taken:.0f}' for name, taken in seconds.items())}; {sum(seconds.values()):.0f} in all"
+    )
 
 
 if __name__ == "__main__":

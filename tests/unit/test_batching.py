@@ -17,7 +17,7 @@ def batches(schedule: Schedule) -> list[list[int]]:
 def test_every_epoch_holds_every_row_once_and_ends_with_a_short_batch() -> None:
     found = batches(SCHEDULE)
     assert [len(batch) for batch in found] == [4, 4, 2] * 3
-    epochs = [sum(found[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[row for batch in found[i : i + 3] for row in batch] for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 

@@ -1,0 +1,123 @@
+"""What a reader of the code may rely on, checked on its syntax tree."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import caldpo_ray
+
+PACKAGE = Path(caldpo_ray.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = {
+    ".".join(("caldpo_ray", *f.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): f for f in FILES
+}
+
+LAYERS = [
+    {"errors", "schema", "objective_parameters", "config"},
+    {
+        "objectives",
+        "logprobs",
+        "metrics",
+        "formats",
+        "tokenization",
+        "batching",
+        "deepspeed_config",
+        "preview",
+        "world",
+    },
+    {
+        "readers",
+        "sources",
+        "rows",
+        "store",
+        "models",
+        "scoring",
+        "checkpoint",
+        "run_dir",
+        "loggers",
+        "model_card",
+        "progress",
+    },
+    {"data", "reference", "feed", "training", "sampling"},
+    {"placement", "held_out", "pipeline", "evaluation", "export", "plan", "cli", "__main__"},
+]
+# A stage never imports another, but for records: the feed joins the reference's answers, and workers read what the feed cuts.
+BETWEEN_STAGES = {("feed", "reference"), ("training", "feed"), ("training", "reference")}
+
+
+def layer(module: str) -> int:
+    return next(number for number, names in enumerate(LAYERS) if module in names)
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of this package that a file imports, by their first name."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "caldpo_ray":
+            names += [f"caldpo_ray.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("caldpo_ray.")}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_point_down_the_layers(file: Path) -> None:
+    module = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if module == "__init__":
+        return
+    for other in imports(file) - {module}:
+        assert layer(other) <= layer(module), f"{module} imports {other}, which lies above it"
+        if layer(other) == layer(module) == 3:
+            assert (module, other) in BETWEEN_STAGES, f"stage {module} imports stage {other}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_module_imports(name: str) -> None:
+    if not name.endswith("__main__"):
+        assert importlib.import_module(name).__doc__, "a module says what it is for"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("caldpo_ray", {"torch", "ray", "transformers", "pydantic"}),
+        ("caldpo_ray.cli", {"torch", "ray", "transformers"}),
+        ("caldpo_ray.pipeline", {"torch", "ray", "transformers", "deepspeed"}),
+        ("caldpo_ray.objectives", {"ray", "transformers", "deepspeed", "numpy.random.mtrand_"}),
+        ("caldpo_ray.logprobs", {"ray", "transformers", "deepspeed"}),
+    ],
+)
+def test_importing_costs_no_more_than_it_must(module: str, heavy: set[str]) -> None:
+    code = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_small_files_and_functions_and_no_tricks(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 450
+    assert "ray._private" not in text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None and node.end_lineno - node.lineno < 62, node.name
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"bare except at line {node.lineno}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            literal = isinstance(node.args[1], ast.Constant)
+            assert not literal, f"{node.func.id} with a literal name at line {node.lineno}"
+
+
+def test_every_shipped_config_loads() -> None:
+    from caldpo_ray.config import load_config
+
+    examples = PACKAGE.parent / "examples"
+    configs = [path for path in examples.rglob("*.yaml") if "objective" in path.read_text()]
+    assert configs
+    for path in configs:
+        load_config(path)

@@ -1,0 +1,72 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from caldpo_ray.config import Config, load_config
+from caldpo_ray.deepspeed_config import deepspeed_config
+from caldpo_ray.errors import InputError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
+    return file
+
+
+def with_raw(path: Path, raw: object) -> Config:
+    return load_config(path, {"train.deepspeed.config": raw})
+
+
+def test_options_reach_deepspeed(path: Path) -> None:
+    overrides = ["model.dtype=bfloat16", "train.deepspeed.zero_stage=3", "train.deepspeed.offload_param=true"]
+    found = deepspeed_config(load_config(path, [*overrides, "train.deepspeed.offload_optimizer=true"]), world_size=4)
+    assert found["zero_optimization"] == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+    assert found["bf16"] == {"enabled": True}
+    assert (found["train_batch_size"], found["gradient_accumulation_steps"]) == (4, 1)
+    assert found["gradient_clipping"] == 1.0
+
+
+def test_a_raw_config_is_merged(path: Path, tmp_path: Path) -> None:
+    raw = {
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 5},
+        "train_batch_size": "auto",
+        "communication_data_type": "fp32",
+    }
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(raw))
+    for given in (raw, str(file)):
+        found = deepspeed_config(with_raw(path, given), world_size=1)
+        assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5}
+        assert found["communication_data_type"] == "fp32"
+        assert found["train_batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "owner"),
+    [
+        ({"zero_optimization": {"stage": 2}}, r"train\.deepspeed\.zero_stage"),
+        ({"gradient_clipping": 5.0}, r"train\.max_grad_norm"),
+        ({"optimizer": {"type": "AdamW"}}, r"train\.optimizer"),
+        ({"bf16": {"enabled": True}}, r"model\.dtype"),
+        ({"fp16": {"enabled": True}}, "bfloat16"),
+    ],
+)
+def test_a_raw_config_that_contradicts_is_refused(path: Path, raw: object, owner: str) -> None:
+    with pytest.raises(InputError, match=owner):
+        deepspeed_config(with_raw(path, raw), world_size=1)
+
+
+def test_unreadable_raw_configs_and_impossible_offloads(path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        deepspeed_config(with_raw(path, "/nowhere.json"), 1)
+    with pytest.raises(InputError, match="needs zero_stage 3"):
+        deepspeed_config(load_config(path, ["train.deepspeed.offload_param=true"]), 1)
+    with pytest.raises(InputError, match="stage 0 has no partitioned optimizer"):
+        stage_0 = ["train.deepspeed.offload_optimizer=true", "train.deepspeed.zero_stage=0"]
+        deepspeed_config(load_config(path, stage_0), 1)

@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+
+from caldpo_ray.config import load_config
+from caldpo_ray.errors import InputError
+from caldpo_ray.placement import Bundle, Node, bundles, require_placeable, unplaced
+
+CPU_NODE = Node("a", {"CPU": 2.0}, {})
+GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
+
+
+def bundle(cpu: float, gpu: float = 0.0, **labels: str) -> Bundle:
+    return Bundle("policy worker", {"CPU": cpu, "GPU": gpu}, labels)
+
+
+def test_the_defaults_fit_two_workers_and_a_reference_actor_into_two_cpus(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {num_workers: 2}")
+    workers, actors = bundles(load_config(path), needs_reference=True)
+    assert (len(workers), len(actors)) == (2, 1)
+    assert unplaced([*workers, *actors], [CPU_NODE]) is None
+    assert sum(b.resources["CPU"] for b in [*workers, *actors]) <= 1.5, "Ray Data's tasks need room too"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        ([bundle(2)], True),
+        ([bundle(2), bundle(2)], True),
+        ([bundle(9)], False),
+        ([bundle(1, 1)] * 2, True),
+        ([bundle(1, 1)] * 3, False),
+        ([bundle(1, 0.5)] * 4, True),
+        ([Bundle("x", {"CPU": 1.0, "GPU": 0.0}, {"caldpo.io/role": "policy"})], True),
+        ([Bundle("x", {"CPU": 1.0, "GPU": 0.0}, {"caldpo.io/role": "reference"})], False),
+        ([Bundle("x", {"CPU": 1.0, "GPU": 0.0}, {"caldpo.io/role": "!policy"})], True),
+        ([Bundle("x", {"CPU": 3.0, "GPU": 0.0}, {"caldpo.io/role": "!policy"})], False),
+        ([Bundle("x", {"CPU": 1.0, "GPU": 0.0}, {"caldpo.io/role": "in(policy, other)"})], True),
+        ([Bundle("x", {"CPU": 1.0, "GPU": 1.0}, {"caldpo.io/role": "!in(policy)"})], False),
+    ],
+)
+def test_what_fits_where(wanted: list[Bundle], fits: bool) -> None:
+    assert (unplaced(wanted, [CPU_NODE, GPU_NODE]) is None) == fits
+
+
+def test_a_cluster_that_is_too_small_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [CPU_NODE])
+    short = "train.placement_timeout_seconds=0.01"
+    with pytest.raises(
+        InputError, match=r"policy worker \(1 wanted\) needs 0.5 CPU, 1 GPU.*a: 2 CPU, 0 GPU.*train.use_gpu"
+    ):
+        require_placeable(load_config(path, ["train.use_gpu=true", short]), True)
+    with pytest.raises(InputError, match=r"reference actor .*labelled {'zone': 'x'}.*\.label_selector"):
+        require_placeable(load_config(path, ["reference.label_selector={zone: x}", short]), True)
+    crowded = ["train.num_cpus_per_worker=2", "reference.num_cpus_per_actor=2", short]
+    assert require_placeable(load_config(path, crowded), True) is False
+    with pytest.raises(InputError, match=r"reference\.store=null needs both at once"):
+        require_placeable(load_config(path, [*crowded, "reference.store=null"]), True)

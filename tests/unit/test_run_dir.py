@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from caldpo_ray.config import Config, load_config
+from caldpo_ray.errors import InputError
+from caldpo_ray.run_dir import append_metrics, changed_execution_keys, open_run_dir, read_metrics, truncate_metrics
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    path = folder / "run.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\n")
+    return load_config(path, [f"run.output_dir={folder}/runs", *overrides])
+
+
+def test_the_same_run_opens_again_and_names_what_changed(tmp_path: Path) -> None:
+    first = open_run_dir(config(tmp_path), fresh=False)
+    again = config(tmp_path, "train.num_workers=2")
+    assert changed_execution_keys(again, first) == ["train.num_workers: 1 -> 2"]
+    assert open_run_dir(again, fresh=False).path == first.path
+    assert load_config(first.config).train.num_workers == 2
+
+
+def test_another_run_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    open_run_dir(config(tmp_path), fresh=False)
+    with pytest.raises(InputError, match=r"objective\.beta: 0\.1 -> 0\.2"):
+        open_run_dir(config(tmp_path, "objective.beta=0.2"), fresh=False)
+    with pytest.raises(InputError, match="objective"):
+        open_run_dir(config(tmp_path, "objective.name=ipo"), fresh=False)
+
+
+def test_fresh_never_overwrites(tmp_path: Path) -> None:
+    open_run_dir(config(tmp_path), fresh=True)
+    with pytest.raises(InputError, match=r"choose another run\.name"):
+        open_run_dir(config(tmp_path), fresh=True)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(InputError, match=r"run\.output_dir"):
+        open_run_dir(config(tmp_path), fresh=False)
+
+
+def test_urls_and_packaged_working_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="all nodes share"):
+        open_run_dir(config(tmp_path, "run.output_dir=s3://bucket/runs"), fresh=False)
+    packaged = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "x"
+    packaged.mkdir(parents=True)
+    monkeypatch.chdir(packaged)
+    with pytest.raises(InputError, match="absolute folder on shared storage"):
+        open_run_dir(config(tmp_path, "run.output_dir=runs"), fresh=False)
+    open_run_dir(config(tmp_path), fresh=False)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        append_metrics(path, {"step": step, "split": "train"})
+    append_metrics(path, {"step": 2, "split": "eval"})
+    with path.open("a") as file:
+        file.write('{"step": 1, "spl')
+    truncate_metrics(path, 2)
+    assert [(line["step"], line["split"]) for line in read_metrics(path)] == [(1, "train"), (2, "train"), (2, "eval")]
+
+
+def test_status_is_written_whole(tmp_path: Path) -> None:
+    run = open_run_dir(config(tmp_path), fresh=False)
+    assert run.read_status() == {}
+    run.write_status("failed", 3, "why", "id")
+    assert json.loads(run.status.read_text()) == {"state": "failed", "exit_code": 3, "reason": "why", "identity": "id"}
