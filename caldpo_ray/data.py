@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from caldpo_ray.config import DataSection, ModelSection
-from caldpo_ray.errors import InputError, find_error
+from caldpo_ray.errors import InputError, RunError, raise_told, tell
 from caldpo_ray.formats import check_example, get_format, recognise
 from caldpo_ray.models import load_tokenizer
 from caldpo_ray.rows import Part, read_manifest, write_atomically, write_manifest, write_part
@@ -151,22 +151,32 @@ def _execute(
             **placed,
         )
     )
-    try:
-        for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
-            yield from map(json.loads, batch["report"])
-    except Exception as error:
-        ours = find_error(error)
-        if ours is None:
-            raise
-        raise ours from None
+    for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
+        for report in map(json.loads, batch["report"]):
+            raise_told(report["error"])
+            yield report
 
 
 def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
     """Task: stream one file as batches of (line, record). Records travel pickled: their columns fit no common schema."""
     number, file = int(ticket["number"][0]), pickle.loads(ticket["file"][0])
-    for at, batch in enumerate(iterate(file, ROWS_PER_PART)):
-        order = np.array([[number, at]])
-        yield {"path": [file.path], "order": order, "records": [pickle.dumps(batch)]}
+    at = 0
+    try:
+        for at, batch in enumerate(iterate(file, ROWS_PER_PART)):
+            yield {
+                "path": [file.path],
+                "order": np.array([[number, at]]),
+                "records": [pickle.dumps(batch)],
+                "error": [""],
+            }
+    except (InputError, RunError) as error:
+        told = tell(error)
+        yield {
+            "path": [file.path],
+            "order": np.array([[number, at + 1]]),
+            "records": [pickle.dumps([])],
+            "error": [told],
+        }
 
 
 def _tokenise_batch(
@@ -184,15 +194,16 @@ def _tokenise_batch(
             continue
         try:
             row, truncated = make_row(record, data, tokenizer, row_id(path, line), min_responses)
-        except InputError:
-            raise
+        except InputError as error:
+            return {"report": [json.dumps({"error": tell(error)})]}
         except ValueError as error:
             bad.append({"file": path, "line": line, "reason": str(error)})
             continue
         rows.append(row)
         num_truncated += truncated > 0
     part = asdict(write_part(Path(folder), rows, order)) if rows else None
-    return {"report": [json.dumps({"part": part, "bad": bad, "num_truncated": num_truncated})]}
+    told = str(batch["error"][0])
+    return {"report": [json.dumps({"error": told, "part": part, "bad": bad, "num_truncated": num_truncated})]}
 
 
 @lru_cache(maxsize=2)

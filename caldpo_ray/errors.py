@@ -29,3 +29,15 @@ def find_error(error: BaseException | None) -> InputError | RunError | None:
         else:
             error = error.__cause__ or error.__context__
     return None
+
+
+def tell(error: InputError | RunError) -> str:
+    """Our error as text, for places where Ray Data would bury the exception (a task that raises loses its cause)."""
+    return f"{'InputError' if isinstance(error, InputError) else 'RunError'}: {error}"
+
+
+def raise_told(told: str) -> None:
+    """Raise what `tell` wrote; an empty text is no error."""
+    kind, _, message = told.partition(": ")
+    if kind:
+        raise (InputError if kind == "InputError" else RunError)(message)

@@ -14,7 +14,7 @@ import numpy as np
 
 from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
 from caldpo_ray.config import Config
-from caldpo_ray.errors import RunError
+from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Row
@@ -226,7 +226,11 @@ class Feed:
                 self._announce()
         except Exception as error:
             # Whatever stops the reference stops the run: every waiting worker gets the reason.
-            self._error = error if isinstance(error, RunError) else RunError(f"the reference stage stopped: {error}")
+            self._error = (
+                error
+                if isinstance(error, (InputError, RunError))
+                else RunError(f"the reference stage stopped: {error}")
+            )
             self._announce()
 
     def _reference_order(self) -> Indices:

@@ -43,7 +43,9 @@ def resolve_model(
     folder = Path(name_or_path)
     if not folder.is_dir():
         commit = _hub_commit(name_or_path, revision)
-        return _resolved(name_or_path, commit, f"hub:{name_or_path}@{commit}", trust_remote_code)
+        digests = _tokenizer_digests(name_or_path, commit, trust_remote_code)
+        return ResolvedModel(name_or_path, commit, f"hub:{name_or_path}@{commit}", *digests)
+    digests = _tokenizer_digests(name_or_path, None, trust_remote_code)
     if (folder / "adapter_config.json").exists():
         _write_once(init_dir, lambda target: _merge_adapter(folder, target, trust_remote_code))
         folder = init_dir
@@ -52,16 +54,17 @@ def resolve_model(
     elif not _weight_files(folder):
         _write_once(init_dir, lambda target: _draw_weights(folder, target, seed, trust_remote_code))
         folder = init_dir
-    return _resolved(str(folder.resolve()), None, _digest_folder(folder, cache), trust_remote_code)
+    return ResolvedModel(str(folder.resolve()), None, _digest_folder(folder, cache), *digests)
 
 
-def _resolved(path: str, revision: str | None, weights: str, trust_remote_code: bool) -> ResolvedModel:
+def _tokenizer_digests(path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, str]:
+    """(what the tokenizer does with text, its token ids alone)."""
     tokenizer = load_tokenizer(path, revision, trust_remote_code)
     check_tokenizer(tokenizer, needs_chat_template=False)
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     steps = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else vocabulary
     text = json.dumps([steps, str(tokenizer.chat_template), sorted(map(str, tokenizer.special_tokens_map.items()))])
-    return ResolvedModel(path, revision, weights, _digest(text), _digest(vocabulary))
+    return _digest(text), _digest(vocabulary)
 
 
 def _digest(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
-from caldpo_ray.errors import RunError
+from caldpo_ray.errors import InputError, RunError, raise_told, tell
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
 from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
@@ -45,10 +45,15 @@ class ReferenceScorer:
         from caldpo_ray.scoring import ResponseScorer, choose_layout
 
         torch.set_num_threads(max(1, int(job.settings.num_cpus_per_actor)))
+        self._told = ""
         self._rows = RowCache(folders)
         self._batch_tokens = job.settings.batch_tokens
         device = torch.device("cuda" if job.settings.num_gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
-        model = load_model(job.model, job.dtype).to(device)
+        try:
+            model = load_model(job.model, job.dtype).to(device)
+        except InputError as error:
+            self._told = tell(error)
+            return
         self._vocab_size = model.config.get_text_config().vocab_size
         self._scorer = ResponseScorer(model, pad_id=0)
         self._scorer.layout = choose_layout(self._scorer).layout
@@ -57,6 +62,8 @@ class ReferenceScorer:
         """Rows asked for by number; one answer per response: its flat number, and its log-prob in nats."""
         from caldpo_ray.scoring import score_rows
 
+        if self._told:
+            return {"response": np.array([-1]), "logp": np.zeros(1, np.float32), "error": np.array([self._told])}
         numbers = [int(number) for number in request["data"]]
         rows = [self._rows[number] for number in numbers]
         lengths, scored = [row.num_tokens for row in rows], [sum(map(len, row.response_ids)) for row in rows]
@@ -69,7 +76,8 @@ class ReferenceScorer:
                 first, count = int(self._rows.first_response[numbers[place]]), len(rows[place].response_ids)
                 responses += range(first, first + count)
                 logps += values[:count].tolist()
-        return {"response": np.array(responses, np.int64), "logp": np.array(logps, np.float32)}
+        errors = np.full(len(responses), "")
+        return {"response": np.array(responses, np.int64), "logp": np.array(logps, np.float32), "error": errors}
 
 
 @dataclass
@@ -216,6 +224,7 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices) -> Iterator[tu
         ray_remote_args_fn=lambda: {"max_restarts": MAX_ACTOR_RESTARTS},
     )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
+        raise_told(str(batch["error"][0]))
         yield batch["response"], batch["logp"]
 
 

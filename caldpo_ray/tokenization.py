@@ -251,7 +251,7 @@ def _truncate(prompt_ids: list[int], room: int, truncation: Truncation, num_firs
     if length <= room:
         return prompt_ids
     if room <= num_first + num_last:
-        raise ValueError("the longest response leaves no room for the prompt")
+        raise ValueError("the longest response leaves no room for the prompt within data.max_length")
     if truncation == "error":
         raise ValueError("the prompt is too long")
     if truncation == "keep_end":

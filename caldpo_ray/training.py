@@ -26,7 +26,7 @@ from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
-from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.errors import InputError, RunError, find_error
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import load_tokenizer
@@ -427,7 +427,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     try:
         PolicyWorker(settings).train()
     except (InputError, RunError) as error:
-        ray.get(feed.fail.remote(type(error).__name__, str(error)))
+        ours = find_error(error) or error  # without Ray's account of where it came from
+        ray.get(feed.fail.remote(type(ours).__name__, str(ours)))
         dist.destroy_process_group()  # peers inside a collective wake up with an error
     except Exception as error:
         if ray.get(feed.progress.remote()).failure is None:

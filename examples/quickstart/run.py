@@ -78,7 +78,7 @@ def phase(name: str, seconds: dict[str, float]) -> Iterator[None]:
 def train_with_shared_reference(config: Config) -> RunDir:
     """Train, and say how many log-probs of the base were in the store before and how many the run had to add."""
     before = stored_log_probs(config)
-    run = train(config)
+    run: RunDir = train(config)
     say(f"reference store: {before} log-probs before this run, {stored_log_probs(config) - before} added by it")
     return run
 

@@ -26,13 +26,20 @@ NUM_SAMPLES = 50
 def run(tmp_path_factory: pytest.TempPathFactory, world: Path, cluster: str) -> RunDir:
     """A short Cal-DPO run that holds out a fifth of its rows."""
     folder = tmp_path_factory.mktemp("evaluate")
-    config = write_config(folder, world, data={"eval": 0.2}, train={"num_workers": 1, "max_steps": 6})
+    config = write_config(folder, world, data={"eval": 0.2}, train={"num_workers": 1})
     return caldpo_ray.train(config, ["run.name=run"])
+
+
+def store_parts(run: RunDir) -> list[str]:
+    return sorted(path.name for path in (run.path.parent / ".cache" / "reference").glob("*/part-*"))
 
 
 @pytest.fixture(scope="module")
 def evaluated(run: RunDir) -> dict[str, Any]:
-    return evaluate(run.path, scores=run.path / "scores.jsonl", num_samples=NUM_SAMPLES)
+    before = store_parts(run)
+    found = evaluate(run.path, scores=run.path / "scores.jsonl", num_samples=NUM_SAMPLES)
+    assert before and store_parts(run) == before, "training scored every row by the reference already"
+    return found
 
 
 def scores_of(file: Path) -> list[dict[str, Any]]:
@@ -51,7 +58,7 @@ def test_a_run_measures_what_its_training_measured(run: RunDir, evaluated: dict[
     assert_same_metrics(evaluated, last)
     manifest = json.loads(run.manifest.read_text())
     assert evaluated["eval_rows"] == evaluated["counts"]["loss"] == manifest["eval_rows"] < 400
-    assert evaluated["step"] == 6
+    assert evaluated["step"] == last["step"] > 6
     assert json.loads(run.eval.read_text()) == evaluated
 
 
@@ -69,25 +76,19 @@ def test_a_world_run_is_sampled_beside_its_reference(run: RunDir, evaluated: dic
 
 
 def test_an_exported_model_carries_what_it_was_trained_against(
-    run: RunDir, world: Path, tmp_path: Path, evaluated: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    run: RunDir, world: Path, tmp_path: Path, evaluated: dict[str, Any]
 ) -> None:
-    """On the same rows the store knows the reference already, and the numbers are those of the run."""
     config = caldpo_ray.load_config(run.config)
     frozen = resolve_model(str(run.init), None, False, run.init, config.run.seed, tmp_path / "weights.json")
     write_model_manifest(run.model, config, frozen)
-    target = export(run.path, tmp_path / "exported")
-    wanted = {line["row_id"] for line in scores_of(run.path / "scores.jsonl")}
-    found = evaluate(
-        target,
-        data=str(world / "train.jsonl"),
-        scores=tmp_path / "scores.jsonl",
-        overrides=[f"reference.store={config.reference.store}", f"run.output_dir={run.path.parent}"],
-        num_samples=2,
-    )
-    assert "reference: 800 log-probs joined, 0 scored" not in capsys.readouterr().out
-    assert found["objective"] == evaluated["objective"]
-    again = [line["reward"] for line in scores_of(tmp_path / "scores.jsonl") if line["row_id"] in wanted]
-    assert again == pytest.approx([line["reward"] for line in scores_of(run.path / "scores.jsonl")], abs=1e-4)
+    target, before, file = export(run.path, tmp_path / "exported"), store_parts(run), tmp_path / "scores.jsonl"
+    overrides = [f"reference.store={config.reference.store}", f"run.output_dir={run.path.parent}"]
+    found = evaluate(target, data=str(world / "train.jsonl"), scores=file, overrides=overrides, num_samples=2)
+    assert found["objective"] == evaluated["objective"] and found["eval_rows"] == 400
+    assert store_parts(run) == before, "the same reference: its log-probs were all known"
+    of_run = {(line["row_id"], line["response"]): line["reward"] for line in scores_of(run.path / "scores.jsonl")}
+    again = {(line["row_id"], line["response"]): line["reward"] for line in scores_of(file)}
+    assert {key: again[key] for key in of_run} == pytest.approx(of_run, abs=1e-4)
 
 
 def random_model(world: Path, folder: Path, seed: int) -> Path:

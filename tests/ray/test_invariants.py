@@ -30,7 +30,10 @@ def run_in_process(config: Path, name: str, *overrides: str) -> list[dict[str, A
 def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], tolerance: float) -> None:
     assert [line["rows"] for line in ours] == [line["rows"] for line in theirs]
     # At the first step every margin is 0 up to rounding, and its sign is chance.
-    ours, theirs = [ours[0] | {"rewards/accuracies": 0.0}, *ours[1:]], [theirs[0] | {"rewards/accuracies": 0.0}, *theirs[1:]]
+    ours, theirs = (
+        [ours[0] | {"rewards/accuracies": 0.0}, *ours[1:]],
+        [theirs[0] | {"rewards/accuracies": 0.0}, *theirs[1:]],
+    )
     for name in LEARNED:
         np.testing.assert_allclose(
             [line[name] for line in ours], [line[name] for line in theirs], rtol=tolerance, atol=tolerance, err_msg=name
@@ -69,7 +72,9 @@ def test_without_a_store(config: Path, one_worker: list[dict[str, Any]]) -> None
     ],
     ids=["1 worker accumulating", "2 workers, ZeRO-0", "2 workers, ZeRO-2", "2 workers, ZeRO-3 accumulating"],
 )
-def test_workers_accumulation_and_stage(config: Path, one_worker: list[dict[str, Any]], execution: tuple[str, ...]) -> None:
+def test_workers_accumulation_and_stage(
+    config: Path, one_worker: list[dict[str, Any]], execution: tuple[str, ...]
+) -> None:
     name = "-".join(part.split("=")[1] for part in execution)
     assert_close(run_in_process(config, name, *execution), one_worker, 2e-3)
 

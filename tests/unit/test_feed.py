@@ -1,0 +1,116 @@
+"""The feed without Ray: the same rows whatever the world size, fencing, and waiting for the reference."""
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caldpo_ray.config import Config, load_config
+from caldpo_ray.errors import RunError
+from caldpo_ray.feed import Feed, Request, Share, SplitName, StaleAttempt, split_rows
+from caldpo_ray.rows import RowCache, write_manifest, write_part
+from caldpo_ray.schema import Row
+
+NUM_ROWS = 21
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    rng = np.random.default_rng(0)
+
+    def row(number: int) -> Row:
+        lengths = rng.integers(1, 30, 3)
+        ids = [rng.integers(0, 100, n, dtype=np.int32) for n in lengths]
+        return Row(f"{number:04d}", ids[0], ids[1:], np.full(2, np.nan, np.float32))
+
+    target = tmp_path / "rows"
+    target.mkdir()
+    write_manifest(target, [write_part(target, [row(n) for n in range(NUM_ROWS)], (0, 0))], {})
+    return str(target)
+
+
+def config(folder: str, *overrides: str) -> Config:
+    path = Path(folder).parent / "c.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: cpo}\ntrain: {batch_size: 8, epochs: 2}"
+    )
+    return load_config(path, ["train.micro_batch_tokens=90", *overrides])
+
+
+def request(step: int, rank: int, world_size: int, attempt: int = 1, split: SplitName = "train") -> Request:
+    return Request(attempt, split, step, rank, world_size, shared_prefix=True, chunk_positions=16)
+
+
+async def batch(feed: Feed, step: int, world_size: int) -> tuple[list[str], int]:
+    shares = [await feed.share(request(step, rank, world_size)) for rank in range(world_size)]
+    assert len({len(share.micro_batches) for share in shares}) == 1
+    names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows]
+    return sorted(names), shares[0].num_rows
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(folder: str) -> None:
+    async def run() -> None:
+        one = [await batch(Feed(config(folder), [folder], None), step, 1) for step in range(6)]
+        for world_size in (2, 3, 4):
+            feed = Feed(config(folder), [folder], None)
+            assert [await batch(feed, step, world_size) for step in range(6)] == one
+        assert [rows for _, rows in one] == [8, 8, 5] * 2
+        for epoch in (one[:3], one[3:]):
+            assert sorted(name for names, _ in epoch for name in names) == [f"{n:04d}" for n in range(NUM_ROWS)]
+
+    asyncio.run(run())
+
+
+def test_a_restarted_feed_answers_the_same(folder: str) -> None:
+    async def run() -> None:
+        before = await batch(Feed(config(folder), [folder], None), 4, 2)
+        assert before == await batch(Feed(config(folder), [folder], None), 4, 2)
+
+    asyncio.run(run())
+
+
+def test_workers_of_an_older_group_are_turned_away(folder: str) -> None:
+    async def run() -> None:
+        feed = Feed(config(folder), [folder], None)
+        await feed.share(request(0, 0, 2, attempt=5))
+        with pytest.raises(StaleAttempt):
+            await feed.share(request(0, 1, 2, attempt=4))
+        with pytest.raises(StaleAttempt):
+            await feed.record(4, {"split": "train", "step": 1})
+        await feed.share(request(0, 0, 2, attempt=6))
+
+    asyncio.run(run())
+
+
+def test_after_a_failure_every_worker_hears_the_reason(folder: str) -> None:
+    async def run() -> None:
+        feed = Feed(config(folder), [folder], None)
+        await feed.fail("RunError", "first")
+        await feed.fail("RunError", "second")
+        with pytest.raises(RunError, match="first"):
+            await feed.share(request(0, 0, 1))
+
+    asyncio.run(run())
+
+
+def test_a_held_out_fraction_is_chosen_by_content(folder: str) -> None:
+    train, held_out = split_rows(RowCache([folder]), 0.3)
+    assert sorted([*train, *held_out]) == list(range(NUM_ROWS))
+    assert 0 < len(held_out) < NUM_ROWS
+    doubled = RowCache([folder, folder])
+    _, both = split_rows(doubled, 0.3)
+    assert both.tolist() == [*held_out, *(held_out + NUM_ROWS)], "equal rows are on one side"
+    train, held_out = split_rows(doubled, "another source")
+    assert (len(train), held_out[0]) == (NUM_ROWS, NUM_ROWS)
+
+
+def test_every_held_out_row_is_evaluated_once(folder: str) -> None:
+    async def run() -> None:
+        feed = Feed(config(folder, "data.eval=0.3"), [folder], None)
+        shares: list[Share] = [await feed.share(request(0, rank, 3, split="eval")) for rank in range(3)]
+        names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows]
+        held_out = split_rows(RowCache([folder]), 0.3)[1]
+        assert sorted(names) == [f"{n:04d}" for n in held_out]
+
+    asyncio.run(run())

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from caldpo_ray.config import TrainSection
+from caldpo_ray.feed import MicroBatch
+from caldpo_ray.loggers import open_loggers, scalars
+from caldpo_ray.schema import Row
+from caldpo_ray.training import learning_rate, make_optimizer, tensors
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", [0.5] + [1.0] * 9),
+        ("cosine", [0.5, 1.0, 1.0, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]),
+    ],
+)
+def test_learning_rates(scheduler: str, expected: list[float]) -> None:
+    train = TrainSection.model_validate({"learning_rate": 1.0, "warmup_ratio": 0.2, "lr_scheduler": scheduler})
+    assert [learning_rate(train, step, 10) for step in range(10)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_norms_and_biases_are_not_decayed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    groups = make_optimizer(model, TrainSection(weight_decay=0.1)).param_groups
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (3, 0.0)]
+    (group,) = make_optimizer(model, TrainSection(optimizer="rmsprop")).param_groups
+    assert (len(group["params"]), group["weight_decay"], group["alpha"]) == (4, 0.0, 0.99)
+
+
+def test_rows_of_several_lengths_become_padded_tensors() -> None:
+    def row(k: int, weight: float, columns: dict[str, float]) -> Row:
+        ids = [np.zeros(j + 1, np.int32) for j in range(k)]
+        return Row("r", np.zeros(2, np.int32), ids, np.arange(k, 0, -1, dtype=np.float32), weight, columns)
+
+    rows = [row(2, 1.0, {"z": 3.0}), row(3, 2.0, {})]
+    lengths, scores, weights, columns = tensors(MicroBatch(rows, None, 1), torch.zeros(2, 3))
+    assert lengths.tolist() == [[1, 2, 0], [1, 2, 3]]
+    assert scores[0].tolist()[:2] == [2, 1] and scores[0].isnan().tolist() == [False, False, True]
+    assert weights.tolist() == [1.0, 2.0]
+    assert columns["z"][0] == 3.0 and columns["z"][1].isnan()
+
+
+def test_tensorboard_gets_every_number_under_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (log,) = open_loggers(["tensorboard"], tmp_path, {}, "id")
+    log(7, scalars({"step": 7, "split": "eval", "loss": 0.5, "logratios/chosen": -1.0}))
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {name: found.Scalars(name)[0].value for name in found.Tags()["scalars"]} == {
+        "eval/loss": 0.5,
+        "eval/logratios/chosen": -1.0,
+    }
+    assert found.Scalars("eval/loss")[0].step == 7
