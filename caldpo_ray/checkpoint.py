@@ -61,7 +61,8 @@ def needs_universal(state: TrainerState, world_size: int, zero_stage: int) -> bo
 def load(engine: Any, folder: Path, universal: bool) -> None:
     """Put weights and optimiser state back into the engine.
 
-    DeepSpeed's universal loader of ZeRO-3 copies the options of the first parameter group into all; they are put back here.
+    DeepSpeed's universal loader of ZeRO-3 copies the options of the first parameter group into all, and gives all of them
+    one step counter, which every group then increments: Adam would correct its bias for a later step. Both are mended here.
     """
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     source = convert_to_universal(folder) if universal else folder
@@ -70,6 +71,9 @@ def load(engine: Any, folder: Path, universal: bool) -> None:
         raise RunError(f"checkpoint {folder}: DeepSpeed could not load it")
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
+    if universal:
+        for values in engine.optimizer.optimizer.state.values():
+            values["step"] = values["step"].clone()
 
 
 def convert_to_universal(folder: Path) -> Path:
@@ -94,11 +98,11 @@ def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torc
         return (
             {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()} if dist.get_rank() == 0 else {}
         )
-    from deepspeed.zero import GatheredParameters
+    import deepspeed  # after the worker chose its accelerator
 
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             if dist.get_rank() == 0:
                 weights[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:

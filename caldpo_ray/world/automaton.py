@@ -11,7 +11,7 @@ import numpy.typing as npt
 from caldpo_ray.errors import InputError
 from caldpo_ray.world.language import PROMPTS, Arc, State, arcs_from
 
-Ints = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
 
 
@@ -24,9 +24,9 @@ class Automaton:
     """
 
     starts: dict[str, int]  # prompt -> state
-    vocabulary: tuple[str, ...]  # every word of prompts and reviews, after the empty word of the padding
-    words: Ints  # index into the vocabulary
-    targets: Ints
+    vocabulary: tuple[str, ...]  # of prompts and reviews
+    words: Integers  # index into the vocabulary, -1 for padding
+    targets: Integers
     probabilities: Doubles
     rewards: Doubles
     columns: dict[tuple[int, str], int]  # (state, word) -> arc
@@ -48,9 +48,9 @@ def automaton() -> Automaton:
 
     starts = {prompt: number(State("clause", topic)) for prompt, topic in PROMPTS.items()}
     prompt_words = (word for prompt in PROMPTS for word in prompt.split())
-    vocabulary = tuple(dict.fromkeys(["", *prompt_words, *(arc.word for row in arcs.values() for arc in row)]))
+    vocabulary = tuple(dict.fromkeys([*prompt_words, *(arc.word for row in arcs.values() for arc in row)]))
     shape = len(numbers), max(map(len, arcs.values()))
-    words, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    words, targets = np.full(shape, -1), np.zeros(shape, np.int64)
     probabilities, rewards = np.zeros(shape), np.zeros(shape)
     columns = {}
     for state, row in arcs.items():
@@ -63,7 +63,7 @@ def automaton() -> Automaton:
 
 
 def sample(prompts: Sequence[str], generator: np.random.Generator) -> tuple[list[str], Doubles]:
-    """One review of the base distribution per prompt, and its true reward [n].
+    """One response of the base distribution per prompt, and its true reward [n].
 
     A response begins with a space, so that prompt + response is one text. Only ``generator.random`` is drawn from,
     whose stream numpy keeps between versions.
@@ -79,13 +79,13 @@ def sample(prompts: Sequence[str], generator: np.random.Generator) -> tuple[list
         steps.append(tables.words[states, columns])
         rewards += tables.rewards[states, columns]
         states = tables.targets[states, columns]
-    spaced = np.array(["", *(f" {word}" for word in tables.vocabulary[1:])], dtype=object)
-    return ["".join(row) for row in spaced[np.stack(steps, axis=1)].tolist()], rewards.round(6)
+    pieces = np.array([*(f" {word}" for word in tables.vocabulary), ""], dtype=object)  # index -1 is the padding
+    return ["".join(row) for row in pieces[np.stack(steps, axis=1)].tolist()], rewards.round(6)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the world knows of one grammatical review: log-prob under the base distribution (nats), true reward."""
+    """What the world knows of a grammatical review: its log-prob under the base distribution (nats), its true reward."""
 
     log_prob: float
     reward: float
@@ -94,11 +94,11 @@ class Reading:
 def read(prompt: str, response: str) -> Reading | None:
     """Follow the words of ``response`` through the language; None where they are not one complete review.
 
-    Raises InputError for a prompt of another task.
+    Raises InputError for a prompt that is none of the world's.
     """
     tables = automaton()
     if prompt not in tables.starts:
-        raise InputError(f"world: {prompt!r} is none of its prompts; they are {', '.join(map(repr, tables.starts))}")
+        raise InputError(f"world: {prompt!r} is none of its prompts: {', '.join(map(repr, tables.starts))}")
     state, log_prob, reward = tables.starts[prompt], 0.0, 0.0
     for word in response.split():
         column = tables.columns.get((state, word))

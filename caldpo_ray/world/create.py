@@ -13,6 +13,7 @@ from caldpo_ray.world.automaton import automaton, sample
 from caldpo_ray.world.language import LANGUAGE_VERSION, PROMPTS
 
 WORLD_FILE = "world.json"
+WORLD_NAME = "caldpo_ray reviews"
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 
@@ -25,9 +26,9 @@ def create_world(
     Raises InputError for a folder that holds something else and for one that cannot be written.
     """
     rows = {"sft": num_sft, "train": num_train, "eval": num_eval}
-    identity = {"world": "reviews", "language": LANGUAGE_VERSION, "seed": seed, "rows": rows}
+    identity = _indented({"world": WORLD_NAME, "language": LANGUAGE_VERSION, "seed": seed, "rows": rows})
     files: dict[str, Callable[[], str]] = {
-        WORLD_FILE: lambda: _indented(identity),
+        WORLD_FILE: lambda: identity,
         "sft.jsonl": lambda: _lines(_sft_rows(num_sft, np.random.default_rng([seed, 0]))),
         "train.jsonl": lambda: _lines(_preference_rows(num_train, np.random.default_rng([seed, 1]))),
         "eval.jsonl": lambda: _lines(_preference_rows(num_eval, np.random.default_rng([seed, 2]))),
@@ -45,28 +46,32 @@ def create_world(
 
 
 def is_world(directory: Path) -> bool:
-    """Whether ``directory`` was made by create_world. Raises InputError where its language is of another version."""
-    if not (directory / WORLD_FILE).is_file():
+    """Whether create_world made ``directory``. Raises InputError where its language is of another version."""
+    path = directory / WORLD_FILE
+    if not path.is_file():
         return False
-    identity = json.loads((directory / WORLD_FILE).read_text(encoding="utf-8"))
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    if not isinstance(identity, dict) or identity.get("world") != WORLD_NAME:
+        return False
     if identity["language"] != LANGUAGE_VERSION:
         raise InputError(
-            f"world: {directory} has language {identity['language']}, this version knows {LANGUAGE_VERSION} only; "
-            "create the world again"
+            f"world: {path} has language {identity['language']}, but only {LANGUAGE_VERSION} can be judged; "
+            "create the world again in a new folder"
         )
     return True
 
 
-def _refuse_another(directory: Path, identity: dict[str, Any]) -> None:
+def _refuse_another(directory: Path, identity: str) -> None:
     if not directory.exists() or not any(directory.iterdir()):
         return
-    there = directory / WORLD_FILE
-    if not there.is_file():
-        raise InputError(f"world: {directory} is not empty and holds no {WORLD_FILE}; choose an empty or new folder")
-    if there.read_text(encoding="utf-8") != _indented(identity):
-        raise InputError(
-            f"world: {directory} holds another world (see {there}); choose its seed and sizes or another folder"
-        )
+    path = directory / WORLD_FILE
+    if not path.is_file():
+        raise InputError(f"world: {directory} is not empty and has no {WORLD_FILE}; choose an empty or a new folder")
+    if path.read_text(encoding="utf-8") != identity:
+        raise InputError(f"world: {path} describes another world; use its seed and sizes, or choose a new folder")
 
 
 def _sft_rows(count: int, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
@@ -75,32 +80,24 @@ def _sft_rows(count: int, generator: np.random.Generator) -> Iterator[dict[str, 
     return ({"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True))
 
 
-def _preference_rows(count: int, generator: np.random.Generator) -> list[dict[str, Any]]:
-    """Pairs of different reviews of one prompt; the first is preferred with probability sigmoid(reward difference)."""
-    rows: list[dict[str, Any]] = []
-    while len(rows) < count:
+def _preference_rows(count: int, generator: np.random.Generator) -> Iterator[dict[str, Any]]:
+    """Pairs of different responses to one prompt; the first is chosen with probability sigmoid(reward difference)."""
+    written = 0
+    while written < count:
         prompts = _draw_prompts(count, generator)
-        (first, first_reward), (second, second_reward) = sample(prompts, generator), sample(prompts, generator)
-        first_wins = generator.random(count) < 1 / (1 + np.exp(second_reward - first_reward))
-        for prompt, win, *pair in zip(
-            prompts,
-            first_wins,
-            zip(first, first_reward.tolist(), strict=True),
-            zip(second, second_reward.tolist(), strict=True),
-            strict=True,
-        ):
-            (chosen, chosen_score), (rejected, rejected_score) = pair if win else pair[::-1]
-            if chosen != rejected:
-                rows.append(
-                    {
-                        "prompt": prompt,
-                        "chosen": chosen,
-                        "rejected": rejected,
-                        "chosen_score": chosen_score,
-                        "rejected_score": rejected_score,
-                    }
-                )
-    return rows[:count]
+        (first, first_rewards), (second, second_rewards) = sample(prompts, generator), sample(prompts, generator)
+        first_wins = generator.random(count) < 1 / (1 + np.exp(second_rewards - first_rewards))
+        for i in np.flatnonzero(np.array(first) != np.array(second))[: count - written].tolist():
+            pair = [(first[i], float(first_rewards[i])), (second[i], float(second_rewards[i]))]
+            (chosen, chosen_score), (rejected, rejected_score) = pair if first_wins[i] else reversed(pair)
+            yield {
+                "prompt": prompts[i],
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_score": chosen_score,
+                "rejected_score": rejected_score,
+            }
+            written += 1
 
 
 def _draw_prompts(count: int, generator: np.random.Generator) -> list[str]:
@@ -112,7 +109,7 @@ def _tokenizer() -> str:
     """A word is a token; reviews and prompts are words separated by spaces."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    tokens = (PAD, EOS, UNK, *automaton().vocabulary[1:])
+    tokens = (PAD, EOS, UNK, *automaton().vocabulary)
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (PAD, EOS, UNK)])
@@ -126,16 +123,17 @@ def _tokenizer_config() -> dict[str, Any]:
         "eos_token": EOS,
         "unk_token": UNK,
         "model_max_length": 64,
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
 
 
 def _model_config() -> dict[str, Any]:
-    """A Llama of 0.3M parameters: enough to write the language without error after 400 steps of 64 rows."""
+    """A Llama of 0.3M parameters: after 400 steps of 64 rows, 98 % of what it writes is grammatical."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": 3 + len(automaton().vocabulary[1:]),
+        "vocab_size": 3 + len(automaton().vocabulary),
         "hidden_size": 96,
         "intermediate_size": 256,
         "num_hidden_layers": 3,
@@ -143,6 +141,7 @@ def _model_config() -> dict[str, Any]:
         "num_key_value_heads": 4,
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
+        "initializer_range": 0.1,  # about 1/sqrt(hidden_size); the usual 0.02 is for wide models and learns slowly here
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": 1,

@@ -1,20 +1,17 @@
-"""The language of the embedded world: short reviews, their true base distribution and their true reward.
+"""The language of the embedded world: short reviews with a known base distribution and a known true reward.
 
-A prompt names a topic, and a response is a review of one to three clauses:
+A prompt names a topic and a response is a review of one to three clauses:
 
     review of the film : the acting was really superb but the ending was not good and i enjoyed it .
 
-The language is a finite automaton whose arcs carry a word, its probability and its reward. No state has two arcs with
-one word, so a review is one path: its log-prob and its true reward are sums along that path, and expectations over all
-reviews are dynamic programming (``optimum.py``).
-
-Three rules span several words, and a damaged model breaks them first: the subject of a clause is an aspect of the
-prompt's topic, ``and`` joins clauses of one polarity, and ``but`` joins opposite ones.
+The language is a finite automaton: an arc carries a word, its probability and its reward, and no state has two arcs
+with the same word. So a review is one path, its log-prob and its true reward are sums along that path, and
+expectations over all reviews are dynamic programming (``optimum.py``).
 """
 
 from dataclasses import dataclass, replace
 
-LANGUAGE_VERSION = 1  # reviews of another version have other rewards
+LANGUAGE_VERSION = 1  # raise it with any change below: reviews of another version are judged by other rules
 
 ASPECTS = {
     "film": ("acting", "script", "music", "ending"),
@@ -23,12 +20,13 @@ ASPECTS = {
     "meal": ("soup", "bread", "service", "wine"),
 }
 PROMPTS = {f"review of the {topic} :": topic for topic in ASPECTS}
-VERB_CLAUSE_PROBABILITY = 0.25  # "i enjoyed it" instead of "the plot was good"
-LINKS = ("and", "but", "while")
+VERDICT_PROBABILITY = 0.25  # of "i enjoyed it" instead of "the plot was good"
 STOP_PROBABILITIES = (0.35, 0.6, 1.0)  # after the first, second and third clause
+LINKS = ("and", "but", "while")
 
 # Positive word, negative word, valence (of opposite sign), probability of the pair: strong words are rare. Everything
-# mirrors, so the mean reward of the base distribution is 0.
+# mirrors, so the mean reward of the base distribution is 0; the valences are such that its standard deviation is 1.1
+# and the preferred response of a pair has the higher true reward in about 3 pairs of 4.
 ADJECTIVES = (
     ("nice", "plain", 0.4, 0.22),
     ("good", "bad", 0.5, 0.19),
@@ -64,72 +62,43 @@ class Arc:
     reward: float = 0.0
 
 
-def _clause(state: State) -> list[Arc]:
-    return [
-        Arc("the", 1 - VERB_CLAUSE_PROBABILITY, replace(state, place="aspect")),
-        Arc("i", VERB_CLAUSE_PROBABILITY, replace(state, place="verb")),
-    ]
+def arcs_from(state: State) -> list[Arc]:
+    """The words that may follow, each once; their probabilities sum to 1."""
+    match state.place:
+        case "clause":
+            the = Arc("the", 1 - VERDICT_PROBABILITY, replace(state, place="aspect"))
+            return [the, Arc("i", VERDICT_PROBABILITY, replace(state, place="verb"))]
+        case "aspect":
+            aspects = ASPECTS[state.topic]
+            return [Arc(word, 1 / len(aspects), replace(state, place="was")) for word in aspects]
+        case "was":
+            return [Arc("was", 1.0, replace(state, place="predicate"))]
+        case "predicate":
+            modifiers = [
+                Arc(word, probability, replace(state, place="adjective", factor=factor))
+                for word, (factor, probability) in MODIFIERS.items()
+            ]
+            bare = 1 - sum(arc.probability for arc in modifiers)
+            adjectives = _valued(ADJECTIVES, state, "end")
+            return modifiers + [replace(arc, probability=bare * arc.probability) for arc in adjectives]
+        case "adjective":
+            return _valued(ADJECTIVES, state, "end")
+        case "verb":
+            return _valued(VERBS, state, "it")
+        case "it":
+            return [Arc("it", 1.0, replace(state, place="end"))]
+        case "end":
+            stop = STOP_PROBABILITIES[state.clause - 1]
+            following = State("clause", state.topic, state.clause + 1)
+            links = [Arc(word, (1 - stop) / len(LINKS), following) for word in LINKS]
+            return [Arc(".", stop, None), *links] if stop < 1 else [Arc(".", 1.0, None)]
+    raise ValueError(f"no such place in a review: {state.place}")
 
 
-def _aspect(state: State) -> list[Arc]:
-    aspects = ASPECTS[state.topic]
-    return [Arc(word, 1 / len(aspects), replace(state, place="was")) for word in aspects]
-
-
-def _was(state: State) -> list[Arc]:
-    return [Arc("was", 1.0, replace(state, place="predicate"))]
-
-
-def _predicate(state: State) -> list[Arc]:
-    modified = [
-        Arc(word, probability, replace(state, place="adjective", factor=factor))
-        for word, (factor, probability) in MODIFIERS.items()
-    ]
-    plain = 1 - sum(arc.probability for arc in modified)
-    return modified + [replace(arc, probability=plain * arc.probability) for arc in _adjective(state)]
-
-
-def _adjective(state: State) -> list[Arc]:
-    return _valued(state, ADJECTIVES, "end")
-
-
-def _verb(state: State) -> list[Arc]:
-    return _valued(state, VERBS, "it")
-
-
-def _it(state: State) -> list[Arc]:
-    return [Arc("it", 1.0, replace(state, place="end"))]
-
-
-def _end(state: State) -> list[Arc]:
-    stop = STOP_PROBABILITIES[state.clause - 1]
-    if stop == 1:
-        return [Arc(".", 1.0, None)]
-    following = replace(state, place="clause", clause=state.clause + 1)
-    return [Arc(".", stop, None)] + [Arc(word, (1 - stop) / len(LINKS), following) for word in LINKS]
-
-
-def _valued(state: State, pairs: tuple[tuple[str, str, float, float], ...], place: str) -> list[Arc]:
-    target = replace(state, place=place, factor=1.0)
+def _valued(pairs: tuple[tuple[str, str, float, float], ...], state: State, next_place: str) -> list[Arc]:
+    target = replace(state, place=next_place, factor=1.0)
     return [
         Arc(word, probability / 2, target, round(sign * valence * state.factor, 3))
         for positive, negative, valence, probability in pairs
         for word, sign in ((positive, 1), (negative, -1))
     ]
-
-
-_ARCS_AT = {
-    "clause": _clause,
-    "aspect": _aspect,
-    "was": _was,
-    "predicate": _predicate,
-    "adjective": _adjective,
-    "verb": _verb,
-    "it": _it,
-    "end": _end,
-}
-
-
-def arcs_from(state: State) -> list[Arc]:
-    """The words that may follow at ``state``, each once; their probabilities sum to 1."""
-    return _ARCS_AT[state.place](state)

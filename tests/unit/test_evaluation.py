@@ -379,7 +379,8 @@ def test_the_manifest_gives_back_the_objective_and_the_tokenisation(
 # -- bad input, found before anything starts -----------------------------------------------------------------------
 
 
-def test_bad_input(world: Path, models: tuple[str, str], tmp_path: Path) -> None:
+def test_bad_input(world: Path, models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a model without a run has its cache in ./runs
     data = str(world / "eval.jsonl")
     run = finished_run(world, tmp_path / "runs", models[0])
     other = Path(random_model(world, tmp_path / "other", 9))
