@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["__version__", "evaluate", "load_config", "train"]
 
-_HOME = {"train": "pipeline", "evaluate": "pipeline", "load_config": "config"}
+_HOME = {"train": "pipeline", "evaluate": "evaluation", "load_config": "config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -64,6 +64,45 @@ def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = Fal
         typer.echo(line)
 
 
+@app.command()
+def evaluate(
+    run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL")],
+    overrides: Overrides = None,
+    data: Annotated[str | None, typer.Option(help="Held-out rows; a run knows its own.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Reference model; default: the one trained against.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Default: the one trained with.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Write one implicit reward per response here.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for eval.json; default: the run or model.")] = None,
+    num_samples: Annotated[int, typer.Option(min=2, help="Samples drawn from a model of the world.")] = 1000,
+    verbose: Verbose = False,
+) -> None:
+    """Held-out metrics of a run or a model folder, written as eval.json."""
+    from caldpo_ray.evaluation import evaluate as measure
+
+    measure(
+        run_or_model,
+        overrides=overrides or [],
+        data=data,
+        reference=reference,
+        beta=beta,
+        scores=scores,
+        output=output,
+        num_samples=num_samples,
+        verbose=verbose,
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Copy a run's model as a Hugging Face folder, LoRA merged."""
+    from caldpo_ray.export import export as write
+
+    write(run, output)
+
+
 Store = Annotated[Path, typer.Option("--store", help="Folder of the reference store.")]
 DEFAULT_STORE = Path("runs/.cache/reference")
 

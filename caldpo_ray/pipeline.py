@@ -15,6 +15,7 @@ import numpy as np
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.errors import InputError, RunError, find_error
+from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, schedules, split_rows
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
@@ -42,6 +43,8 @@ class Prepared:
     config: Config
     run: RunDir
     policy: ResolvedModel
+    frozen: ResolvedModel | None
+    """The reference model, where the objective has one."""
     job: ReferenceJob | None
     reference_key: str | None
     facts: list[RowCacheFacts]
@@ -107,9 +110,10 @@ def prepare(config: Config, run: RunDir) -> Prepared:
     train_rows, eval_rows = split_rows(RowCache([fact.folder for fact in facts]), config.data.eval)
     if not len(train_rows):
         raise InputError(f"data.eval = {config.data.eval}: holds out every row; lower it")
-    job = _reference_job(config, run, policy, cache) if objective.needs_reference else None
+    frozen = _resolve_reference(config, run, policy, cache) if objective.needs_reference else None
+    job = None if frozen is None else _reference_job(config, frozen)
     key = job.store.folder.name if job is not None and job.store is not None else None
-    return Prepared(config, run, policy, job, key, facts, len(train_rows), len(eval_rows))
+    return Prepared(config, run, policy, frozen, job, key, facts, len(train_rows), len(eval_rows))
 
 
 def connect(verbose: bool) -> None:
@@ -136,17 +140,22 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     return _get(task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights))  # type: ignore[no-any-return]
 
 
-def _reference_job(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ReferenceJob:
+def _resolve_reference(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ResolvedModel:
     """The frozen model: the policy before its first step, or the one named in the config."""
+    settings = config.reference
+    if settings.name_or_path is None:
+        return policy
+    frozen = _resolve(config, settings.name_or_path, settings.revision, run.path / "reference_init", cache)
+    if frozen.vocabulary != policy.vocabulary:
+        raise InputError(
+            f"reference.name_or_path {settings.name_or_path}: its tokenizer maps tokens to other ids than the policy's; a"
+            " reference must share the vocabulary"
+        )
+    return frozen
+
+
+def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
     settings, model = config.reference, config.model
-    frozen = policy
-    if settings.name_or_path is not None:
-        frozen = _resolve(config, settings.name_or_path, settings.revision, run.path / "reference_init", cache)
-        if frozen.vocabulary != policy.vocabulary:
-            raise InputError(
-                f"reference.name_or_path {settings.name_or_path}: its tokenizer maps tokens to other ids than the policy's; a"
-                " reference must share the vocabulary"
-            )
     dtype = settings.dtype or model.dtype
     store = None
     if settings.store is not None:
@@ -351,6 +360,7 @@ def finish(prepared: Prepared) -> None:
     evaluations = [line for line in lines if line["split"] == "eval"]
     for folder in (run.model, run.best):
         if folder.exists():
+            write_model_manifest(folder, config, prepared.frozen)
             write_model_card(
                 folder, config, json.loads(run.manifest.read_text()), evaluations[-1] if evaluations else None
             )

@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import caldpo_ray
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.evaluation import evaluate
-from caldpo_ray.export import export, write_model_manifest
-from caldpo_ray.models import resolve_model
+from caldpo_ray.export import export
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.sampling import sample_world
 from tests.ray.runs import write_config
@@ -79,8 +78,6 @@ def test_an_exported_model_carries_what_it_was_trained_against(
     run: RunDir, world: Path, tmp_path: Path, evaluated: dict[str, Any]
 ) -> None:
     config = caldpo_ray.load_config(run.config)
-    frozen = resolve_model(str(run.init), None, False, run.init, config.run.seed, tmp_path / "weights.json")
-    write_model_manifest(run.model, config, frozen)
     target, before, file = export(run.path, tmp_path / "exported"), store_parts(run), tmp_path / "scores.jsonl"
     overrides = [f"reference.store={config.reference.store}", f"run.output_dir={run.path.parent}"]
     found = evaluate(target, data=str(world / "train.jsonl"), scores=file, overrides=overrides, num_samples=2)
