@@ -207,7 +207,7 @@ def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
     if weights.init is None and folder.is_dir() and not any(file for p in WEIGHT_PATTERNS for file in folder.glob(p)):
         raise InputError(f"model {folder}: holds no weights; give a folder with safetensors")
     init = weights.init or subject.cache / "merged" / _adapter_key(folder)
-    found = resolve_weights(weights.name, weights.revision, subject.config, init, subject.cache / "weights.json")
+    found = resolve_weights(weights.name, weights.revision, subject.config, init, subject.cache / "models.json")
     if weights.digest not in (None, found.weights):
         raise InputError(
             f"reference {weights.name}: its weights are not those that {subject.policy.name} was trained against (digest"

@@ -101,7 +101,7 @@ def _write_model(run: RunDir, target: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     if (run.model / "adapter_config.json").exists():
         config = load_config(run.config)
-        resolve_weights(str(run.model), None, config, scratch, run.path.parent / ".cache" / "weights.json")
+        resolve_weights(str(run.model), None, config, scratch, run.path.parent / ".cache" / "models.json")
         for name in CARRIED:
             shutil.copy2(run.model / name, scratch / name)
     else:

@@ -6,7 +6,7 @@ a config, or a LoRA adapter, is turned into plain weights once (`<run>/init/`), 
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ def resolve_model(
         commit = _hub_commit(name_or_path, revision)
         digests = _tokenizer_digests(name_or_path, commit, trust_remote_code)
         return ResolvedModel(name_or_path, commit, f"hub:{name_or_path}@{commit}", *digests)
+    if (recalled := recall_model(name_or_path, init_dir, cache)) is not None:
+        return recalled
+    given = folder
     digests = _tokenizer_digests(name_or_path, None, trust_remote_code)
     if (folder / "adapter_config.json").exists():
         _write_once(init_dir, lambda target: _merge_adapter(folder, target, trust_remote_code))
@@ -54,7 +57,9 @@ def resolve_model(
     elif not _weight_files(folder):
         _write_once(init_dir, lambda target: _draw_weights(folder, target, seed, trust_remote_code))
         folder = init_dir
-    return ResolvedModel(str(folder.resolve()), None, _digest_folder(folder, cache), *digests)
+    found = ResolvedModel(str(folder.resolve()), None, _digest_folder(folder), *digests)
+    _remember(found, given, init_dir, cache)
+    return found
 
 
 def _tokenizer_digests(path: str, revision: str | None, trust_remote_code: bool) -> tuple[str, str]:
@@ -108,23 +113,44 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern))
 
 
-def _digest_folder(folder: Path, cache: Path) -> str:
-    """Digest of config and weights by content; a file's digest is remembered by path, size and time of change."""
-    known: dict[str, str] = json.loads(cache.read_text()) if cache.exists() else {}
+def _digest_folder(folder: Path) -> str:
+    """Digest of config and weights by content, whatever the folder is called."""
     settings = {
         k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k not in VOLATILE_CONFIG_KEYS
     }
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in _weight_files(folder):
-        facts = path.stat()
-        name = f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}"
-        if name not in known:
-            with path.open("rb") as file:
-                known[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(known[name].encode())
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache, json.dumps(known, indent=1))
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
+
+
+def recall_model(name_or_path: str, init_dir: Path, cache: Path) -> ResolvedModel | None:
+    """What `resolve_model` found for this folder before, if no file has changed since; it loads nothing."""
+    known = _read_json(cache)
+    entry = known.get(_signature(Path(name_or_path), init_dir))
+    return None if entry is None else ResolvedModel(**entry)
+
+
+def _remember(found: ResolvedModel, folder: Path, init_dir: Path, cache: Path) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    known = _read_json(cache) | {_signature(folder, init_dir): asdict(found)}
+    write_atomically(cache, json.dumps(known, indent=1))
+
+
+def _signature(*folders: Path) -> str:
+    """Digest of names, sizes and times of change of the files in these folders."""
+    facts = []
+    for folder in folders:
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        facts.append(
+            [str(folder.absolute()), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
+        )
+    return _digest(json.dumps(facts))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _write_once(target: Path, write: Any) -> None:

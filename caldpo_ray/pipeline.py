@@ -19,7 +19,7 @@ from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, schedules, split_rows
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
-from caldpo_ray.models import ResolvedModel, resolve_model
+from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import Watcher, say
 from caldpo_ray.reference import (
@@ -135,8 +135,10 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     """In a task: the driver then needs no transformers, and the process that loaded it tokenises next."""
     import ray
 
+    weights = cache / "models.json"
+    if (recalled := recall_model(name, init, weights)) is not None:
+        return recalled
     task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
-    weights = cache / "weights.json"
     return _get(task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights))  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from conclusion import Result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from caldpo_ray.world import optimum
 
@@ -48,10 +49,13 @@ def draw_dynamics(axes: Axes, dynamics: Mapping[str, MetricsLines], target: floa
     """h_w and h_l over the training steps, every step and their running mean."""
     for (name, lines), colour in zip(dynamics.items(), COLOURS, strict=False):
         steps = [line["step"] for line in lines]
-        for key, label, style in (("chosen", "$h_w$ chosen", "-"), ("rejected", "$h_l$ rejected", "--")):
+        for key, style in (("chosen", "-"), ("rejected", "--")):
             values = np.array([line[f"logratios/{key}"] for line in lines])
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            axes.plot(steps, running_mean(values), style, color=colour, linewidth=1.8, label=f"{name}, {label}")
+            axes.plot(steps, running_mean(values), style, color=colour, linewidth=1.6)
+        axes.plot([], [], color=colour, linewidth=1.6, label=name)
+    axes.plot([], [], "-", color=GREY, label="chosen, $h_w$")
+    axes.plot([], [], "--", color=GREY, label="rejected, $h_l$")
     for sign, text in ((1, "+"), (-1, "−")):
         axes.axhline(sign * target, color=COLOURS[0], linestyle=":", linewidth=1.2)
         axes.annotate(
@@ -60,6 +64,7 @@ def draw_dynamics(axes: Axes, dynamics: Mapping[str, MetricsLines], target: floa
         )  # fmt: skip
     axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set(xlabel="optimiser step", ylabel="log-ratio policy / reference (nats)", title="Training dynamics")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower left", edgecolor="none", framealpha=0.9)
 
 
@@ -73,17 +78,12 @@ def draw_rewards(axes: Axes, results: Sequence[Result], base: Result) -> None:
     """True reward against KL with one standard error each, below the exact optimum."""
     widest = 1.15 * max(1.0, *(result.kl.value + result.kl.se for result in results))
     points = [point for point in optimum(np.geomspace(0.02, 200, 200).tolist()) if point.kl <= widest]
-    axes.plot(
-        [p.kl for p in points],
-        [p.reward for p in points],
-        color=GREY,
-        linewidth=1.2,
-        label="exact optimum from the true base (100 %)",
-    )
+    kls, rewards = zip(*((point.kl, point.reward) for point in points), strict=True)
+    axes.plot(kls, rewards, color=GREY, linewidth=1.2, label="exact optimum from the true base (100 % grammatical)")
     for result, colour, marker in zip((*results, base), (*COLOURS, GREY), MARKERS, strict=True):
         axes.errorbar(
             result.kl.value, result.reward.value, xerr=result.kl.se, yerr=result.reward.se,
-            color=colour, marker=marker, markersize=6, capsize=2, linestyle="none",
+            color=colour, marker=marker, markersize=6, markerfacecolor="none", capsize=2, linestyle="none", clip_on=False,
             label=f"{result.name} ({100 * result.grammatical.value:.0f} % grammatical)",
         )  # fmt: skip
     # The optimum grows like the square root of a small KL: on this axis it is nearly a straight line.

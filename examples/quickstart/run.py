@@ -57,7 +57,7 @@ def quickstart(overrides: Sequence[str]) -> None:
             measured(name_of(config), chosen_log_ratio(run), facts)
             for config, run, facts in zip(configs, runs, of_runs, strict=True)
         ]
-        dynamics = {result.name: train_lines(run) for result, run in zip(results[:2], runs[:2], strict=True)}
+        dynamics = {result.name: train_lines(run) for result, run in zip(results, runs, strict=True)}
         start = measured("SFT base", Estimate(0, 0), of_base)  # it is the reference: its log-ratios are zero
         draw(OUTPUT / "figure.png", dynamics, configs[0].objective.calibration_target, results, start)
     report(base, runs, seconds)
@@ -89,14 +89,14 @@ def stored_log_probs(config: Config) -> int:
 
 def sample(runs: Sequence[RunDir], reference: RunDir) -> list[dict[str, float]]:
     """True reward, grammaticality and KL to the reference of each run, remembered in its folder."""
-    import ray
-
-    from caldpo_ray.pipeline import connect
-    from caldpo_ray.sampling import sample_world
-
     files = {run: run.path / "samples.json" for run in runs}
     missing = [run for run in runs if not files[run].exists()]
     if missing:
+        import ray  # here, so that a finished quickstart is shown again without waiting for these
+
+        from caldpo_ray.pipeline import connect
+        from caldpo_ray.sampling import sample_world
+
         connect(verbose=False)
         task = ray.remote(sample_world)
         facts = ray.get([task.remote(str(run.model), str(reference.model)) for run in missing])

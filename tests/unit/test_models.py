@@ -1,0 +1,82 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from caldpo_ray.config import LoraSection, ModelSection
+from caldpo_ray.errors import InputError
+from caldpo_ray.models import ResolvedModel, add_lora, load_model, recall_model, resolve_model
+
+
+@pytest.fixture(scope="module")
+def drawn(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with weights, drawn from the world's config."""
+    root = tmp_path_factory.mktemp("drawn")
+    return Path(resolve(world / "model", root).path)
+
+
+def resolve(folder: Path, root: Path, seed: int = 0) -> ResolvedModel:
+    return resolve_model(str(folder), None, False, root / "init", seed, root / "models.json")
+
+
+def test_a_config_alone_is_drawn_once_from_the_seed(world: Path, tmp_path: Path) -> None:
+    found = [resolve(world / "model", tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert found[0].weights == found[1].weights != found[2].weights
+    assert found[0].path != found[1].path
+    before = (tmp_path / "a" / "init" / "model.safetensors").stat().st_mtime_ns
+    assert resolve(world / "model", tmp_path / "a") == found[0]
+    assert (tmp_path / "a" / "init" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_model_is_its_content_not_its_path(drawn: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn, copy)
+    assert resolve(copy, tmp_path).weights == resolve(drawn, tmp_path / "other").weights
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert resolve(copy, tmp_path).weights != resolve(drawn, tmp_path / "other").weights
+
+
+def test_what_is_recalled_forgets_a_changed_file(drawn: Path, tmp_path: Path) -> None:
+    copy, cache = tmp_path / "copy", tmp_path / "models.json"
+    shutil.copytree(drawn, copy)
+    assert recall_model(str(copy), tmp_path / "init", cache) is None
+    found = resolve(copy, tmp_path)
+    assert recall_model(str(copy), tmp_path / "init", cache) == found
+    (copy / "tokenizer_config.json").touch()
+    assert recall_model(str(copy), tmp_path / "init", cache) is None
+
+
+def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path) -> None:
+    section = ModelSection(name_or_path=str(drawn))
+    adapted = add_lora(load_model(section, "float32"), LoraSection(r=2), seed=0)
+    plain = load_model(section, "float32")
+    ids = torch.arange(5, 12)[None]
+    assert torch.equal(adapted(ids).logits, plain(ids).logits), "a fresh adapter has no effect"
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.copy(drawn / "tokenizer.json", tmp_path / "adapter")
+    shutil.copy(drawn / "tokenizer_config.json", tmp_path / "adapter")
+    found = resolve(tmp_path / "adapter", tmp_path)
+    merged = load_model(ModelSection(name_or_path=found.path), "float32")
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_initialisations_that_change_the_base_are_refused() -> None:
+    with pytest.raises(ValueError, match="init"):
+        LoraSection.model_validate({"init": "pissa"})
+
+
+def test_unknown_models_and_targets_are_named(drawn: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"/nowhere: no such folder"):
+        resolve(Path("/nowhere"), tmp_path)
+    with pytest.raises(InputError, match="target_modules"):
+        add_lora(
+            load_model(ModelSection(name_or_path=str(drawn)), "float32"), LoraSection(target_modules=["nothing"]), 0
+        )
