@@ -143,4 +143,5 @@ if __name__ == "__main__":
     try:
         quickstart(sys.argv[1:])
     except (InputError, RunError) as error:
-        sys.exit(f"quickstart: {error}")
+        print(f"quickstart: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 3)

@@ -83,14 +83,15 @@ def test_workers_accumulation_and_stage(
 def test_a_killed_driver_resumes_with_another_number_of_workers(
     config: Path, one_worker: list[dict[str, Any]], stage: int
 ) -> None:
-    overrides = (f"train.deepspeed.zero_stage={stage}", "train.save_every=4", "train.weight_decay=0.01")
+    decay = ["train.weight_decay=0.01"] if stage == 3 else []  # two parameter groups
+    overrides = (f"train.deepspeed.zero_stage={stage}", "train.save_every=4", *decay)
     name = f"elastic-{stage}"
     first = start(config, name, "train.num_workers=2", *overrides)
     first.wait_for_step(14)
     kill(first.process.pid)
     first.process.wait()
     train(config, name, "train.num_workers=1", *overrides)
-    whole = run_in_process(config, f"whole-{stage}", *overrides)
+    whole = run_in_process(config, f"whole-{stage}", *overrides) if decay else one_worker
     assert_close(lines(RunDir(first.path)), whole, 2e-3)
 
 
