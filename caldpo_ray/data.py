@@ -7,6 +7,7 @@ is content-addressed: resumes, other objectives and later runs on the same rows 
 import hashlib
 import inspect
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -135,6 +136,8 @@ def _execute(
     """One Ray Data execution: files in, parts on disk, one small report per part out."""
     import ray.data
 
+    # Importing ray.data sets its log level anew.
+    logging.getLogger("ray.data").setLevel(logging.getLogger("ray").level)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

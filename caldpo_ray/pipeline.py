@@ -135,6 +135,7 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     """In a task: the driver then needs no transformers, and the process that loaded it tokenises next."""
     import ray
 
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name  # a task has its own working directory
     weights = cache / "models.json"
     if (recalled := recall_model(name, init, weights)) is not None:
         return recalled

@@ -392,7 +392,12 @@ def test_truncation_cuts_only_the_prompt(truncation, max_length, max_prompt_leng
 @pytest.mark.parametrize(
     ("truncation", "max_length", "max_prompt_length", "reason"),
     [
-        ("keep_end", 4, None, "the longest response leaves no room for the prompt within data.max_length"),  # only BOS would stay
+        (
+            "keep_end",
+            4,
+            None,
+            "the longest response leaves no room for the prompt within data.max_length",
+        ),  # only BOS would stay
         ("keep_start", 3, None, "the longest response leaves no room for the prompt within data.max_length"),
         ("error", 2, None, "the longest response leaves no room for the prompt within data.max_length"),
         ("error", 7, None, "the prompt is too long"),
