@@ -7,7 +7,7 @@ outlive a restart of the policy group. Rows themselves stay memory-mapped on dis
 import asyncio
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -105,10 +105,11 @@ class Feed:
         train, held_out = split_rows(self._rows, config.data.eval)
         self._numbers: dict[SplitName, Indices] = {"train": train, "eval": held_out}
         self._schedules = schedules(config, len(train), len(held_out))
-        counts, first = self._rows.response_counts(), self._rows.first_response
+        first, lengths = self._rows.first_response[:-1].astype(np.intp), self._rows.response_lengths()
+        self._first_only = config.objective.reads_first_only
         self._prompt_lengths = self._rows.prompt_lengths()
-        self._scored_lengths = np.add.reduceat(self._rows.response_lengths(), first[:-1].astype(np.intp))
-        self._counts = counts
+        self._counts = np.ones_like(first) if self._first_only else self._rows.response_counts()
+        self._scored_lengths = lengths[first] if self._first_only else np.add.reduceat(lengths, first)
         self._distinct = distinct_responses(self._rows.digests()).of_response
         self._logps = None if job is None else np.full(int(self._distinct.max(initial=-1)) + 1, np.nan, np.float32)
         self._attempt = 0
@@ -192,6 +193,10 @@ class Feed:
     def _micro_batch(self, numbers: Indices, plan: MicroBatchPlan) -> MicroBatch:
         chosen = [int(numbers[place]) for place in plan.places]
         rows = [self._rows[number] for number in chosen]
+        if self._first_only:
+            rows = [
+                replace(row, response_ids=row.response_ids[:1], response_scores=row.response_scores[:1]) for row in rows
+            ]
         if self._logps is None:
             return MicroBatch(rows, None, plan.num_head_chunks)
         logps = np.zeros((len(rows), max((len(row.response_ids) for row in rows), default=0)), np.float32)

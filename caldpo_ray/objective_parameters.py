@@ -22,6 +22,8 @@ Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 class _Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    reads_first_only: ClassVar[bool] = False
+    """Responses after the first are not read, and so need no forward pass."""
 
     @property
     def calibration_target(self) -> float | None:
@@ -207,6 +209,7 @@ class Sft(_BuiltIn):
 
     needs_reference: ClassVar[bool] = False
     min_responses: ClassVar[int] = 1
+    reads_first_only: ClassVar[bool] = True
     name: Literal["sft"]
 
     @property

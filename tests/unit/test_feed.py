@@ -105,6 +105,19 @@ def test_a_held_out_fraction_is_chosen_by_content(folder: str) -> None:
     assert (len(train), held_out[0]) == (NUM_ROWS, NUM_ROWS)
 
 
+def test_sft_runs_the_first_response_only(folder: str) -> None:
+    async def run() -> None:
+        settings = config(folder, "objective.name=sft", "train.batch_size=21")
+        share = await Feed(settings, [folder], None).share(request(0, 0, 1))
+        rows = [row for part in share.micro_batches for row in part.rows]
+        assert len(rows) == NUM_ROWS
+        assert all(len(row.response_ids) == len(row.response_scores) == 1 for row in rows)
+        first = {row.row_id: row for row in (RowCache([folder])[n] for n in range(NUM_ROWS))}
+        assert all((row.response_ids[0] == first[row.row_id].response_ids[0]).all() for row in rows)
+
+    asyncio.run(run())
+
+
 def test_every_held_out_row_is_evaluated_once(folder: str) -> None:
     async def run() -> None:
         feed = Feed(config(folder, "data.eval=0.3"), [folder], None)

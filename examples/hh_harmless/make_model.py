@@ -1,0 +1,69 @@
+"""A small Llama-shaped model without weights, and a tokenizer made for the file it will be trained on.
+
+    python examples/hh_harmless/make_model.py FILE FOLDER
+
+`FILE` is anything `data.train` takes, in the Anthropic-HH form. The folder gets `config.json` (17 M parameters: hidden 384,
+8 layers, vocabulary 8192) and a byte-level BPE tokenizer; training draws the weights from `run.seed`.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from caldpo_ray.schema import BadRow
+from caldpo_ray.sources import iterate, list_sources
+
+VOCABULARY = 8192
+
+
+def texts(source: str) -> Iterator[str]:
+    """Both transcripts of every usable row."""
+    for file in list_sources(source):
+        for batch in iterate(file, 1000):
+            for _, record in batch:
+                if not isinstance(record, BadRow):
+                    yield record["chosen"]
+                    yield record["rejected"]
+
+
+def make_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be written in it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(source), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+
+
+def main(source: str, folder: str) -> None:
+    make_tokenizer(source).save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=0,
+        eos_token_id=1,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    print(f"model without weights in {Path(folder).absolute()}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
