@@ -24,7 +24,7 @@ quickstart: install
 
 test: install
 	@echo "Tests: unit tests first, then tests on one local Ray cluster"
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests/unit tests/parity tests/ray
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
