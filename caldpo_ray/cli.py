@@ -8,6 +8,9 @@ import typer
 
 from caldpo_ray.errors import InputError, RunError
 
+# The base of Typer's usage errors, which it exports under no name of its own.
+USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 reference_app = typer.Typer(no_args_is_help=True, help="Fill or tend the reference store.")
 world_app = typer.Typer(no_args_is_help=True, help="The embedded task whose true reward is known.")
@@ -176,11 +179,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _complain(error, 3)
     except (KeyboardInterrupt, typer.Abort):
         code = _complain(RuntimeError("interrupted; the same command resumes the run"), 130)
-    except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
-            raise
+    except USAGE_ERROR as error:
         error.show()
         code = 2
     sys.exit(code or 0)

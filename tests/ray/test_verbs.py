@@ -48,7 +48,8 @@ def test_the_store_is_built_listed_verified_and_removed(config: Path, capsys: py
     again = run(capsys, "reference", "build", str(config))
     assert ", 0 scored of" in again
     key = run(capsys, "reference", "list", "--store", store).split()[0]
-    assert f"reference {key}: checksums good, 64 responses" in run(capsys, "reference", "verify", str(config))
+    verified = run(capsys, "reference", "verify", str(config))
+    assert f"reference {key}: checksums good" in verified and "responses scored again" in verified
     part = next(Path(store).glob(f"{key}/part-*"))
     part.write_bytes(part.read_bytes()[:-4] + b"oops")
     assert "does not match its checksum" in run(capsys, "reference", "verify", str(config), code=2)
