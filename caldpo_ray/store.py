@@ -144,7 +144,7 @@ def list_references(root: str | Path) -> list[dict[str, Any]]:
     found = []
     for manifest in sorted(Path(root).glob("*/manifest.json")):
         parts = list(manifest.parent.glob("part-*.parquet"))
-        entries = sum(pq.read_metadata(part).num_rows for part in parts)
+        entries = sum(_num_entries(part) for part in parts)
         facts = json.loads(manifest.read_text())
         found.append(
             {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
@@ -152,9 +152,18 @@ def list_references(root: str | Path) -> list[dict[str, Any]]:
     return found
 
 
+def _num_entries(part: Path) -> int:
+    try:
+        return int(pq.read_metadata(part).num_rows)
+    except pa.ArrowInvalid as error:
+        raise InputError(
+            f"reference store {part}: not readable ({error}); delete this file, and its entries are scored again"
+        ) from None
+
+
 def remove_reference(root: str | Path, key: str) -> None:
     """Delete one reference's entries. Raises InputError for an unknown key."""
-    known = [entry["key"] for entry in list_references(root)]
+    known = [manifest.parent.name for manifest in sorted(Path(root).glob("*/manifest.json"))]
     if key not in known:
         raise InputError(f"reference store {root}: no reference {key!r}; it holds {', '.join(known) or 'none'}")
     shutil.rmtree(Path(root) / key)
