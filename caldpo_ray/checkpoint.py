@@ -6,9 +6,9 @@ of the run and of its reference. Nothing else is needed: the learning rate and t
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,38 +58,42 @@ def needs_universal(state: TrainerState, world_size: int, zero_stage: int) -> bo
     return (state.world_size, state.zero_stage) != (world_size, zero_stage) and (state.zero_stage > 0 or zero_stage > 0)
 
 
-def load(engine: Any, folder: Path, universal: bool) -> None:
-    """Put weights and optimiser state back into the engine.
+def load(engine: Any, folder: Path, scratch: Path | None) -> None:
+    """Put weights and optimiser state back into the engine; through a copy in `scratch` where `needs_universal` says so.
 
     DeepSpeed's universal loader of ZeRO-3 copies the options of the first parameter group into all, and gives all of them
     one step counter, which every group then increments: Adam would correct its bias for a later step. Both are mended here.
     """
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    source = convert_to_universal(folder) if universal else folder
-    loaded, _ = engine.load_checkpoint(str(source), tag=TAG)
+    if scratch is not None and _is_first_on_node():
+        convert_to_universal(folder, scratch)
+    dist.barrier()
+    loaded, _ = engine.load_checkpoint(str(scratch or folder), tag=TAG)
     if loaded is None:
         raise RunError(f"checkpoint {folder}: DeepSpeed could not load it")
+    dist.barrier()
+    if scratch is not None and _is_first_on_node():
+        shutil.rmtree(scratch)
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
-    if universal:
+    if scratch is not None:
         for values in engine.optimizer.optimizer.state.values():
             values["step"] = values["step"].clone()
 
 
-def convert_to_universal(folder: Path) -> Path:
-    """A copy of the checkpoint that loads at any number of workers, made once per node in its temporary folder."""
-    name = f"caldpo-universal-{os.environ.get('TORCHELASTIC_RUN_ID', '')}{abs(hash(str(folder.resolve())))}"
-    target = Path(tempfile.gettempdir()) / name
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and not (target / TAG).exists():
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
-        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RunError(f"checkpoint {folder}: cannot be converted for another number of workers: {reason}")
-    dist.barrier()
-    return target
+def _is_first_on_node() -> bool:
+    return os.environ["LOCAL_RANK"] == "0"
+
+
+def convert_to_universal(folder: Path, target: Path) -> None:
+    """A copy of the checkpoint that loads at any number of workers and any stage."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"checkpoint {folder}: cannot be converted for another number of workers: {reason}")
 
 
 def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The command `caldpo`: one verb per function, errors as one message, exit codes 0, 2, 3 and 130."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -158,7 +159,7 @@ def reference_remove(key: Annotated[str, typer.Argument(metavar="KEY")], store: 
 @world_app.command("create")
 def world_create(
     directory: Annotated[Path, typer.Argument(metavar="DIR")],
-    seed: Annotated[int, typer.Option(help="Same seed, same files.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same files.")] = 0,
 ) -> None:
     """Write sft.jsonl, train.jsonl, eval.jsonl and model/ (a tokenizer and a config without weights)."""
     from caldpo_ray.world import create_world
@@ -169,6 +170,8 @@ def world_create(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a verb and exit: 0 done, 2 wrong input, 3 failed and resumable, 130 interrupted."""
+    if os.getcwd() not in sys.path:  # as `python -m` does it, for the user's own objective or row function
+        sys.path.insert(0, os.getcwd())
     try:
         code: Any = app(arguments, standalone_mode=False)
     except typer.Exit as stop:

@@ -48,7 +48,7 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    name_or_path: str
+    name_or_path: str = Field(min_length=1)
     revision: str | None = None
     dtype: Dtype = "float32"
     attn_implementation: Annotated[Literal["sdpa", "eager"] | None, EXECUTION] = None
@@ -58,8 +58,8 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    train: str
-    eval: str | Annotated[float, Field(gt=0, lt=1)] | None = None
+    train: str = Field(min_length=1)
+    eval: Annotated[str, Field(min_length=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
     """Held-out rows: a source like `train`, or the fraction of `train` to hold out (by row digest)."""
     format: str = "auto"
     label_selector: Annotated[dict[str, str] | None, EXECUTION] = None
@@ -119,16 +119,12 @@ class TrainSection(Section):
     """Steps between checkpoints; default: at the end only."""
     log_every: Annotated[PositiveInt, EXECUTION] = 1
     keep_checkpoints: Annotated[PositiveInt, EXECUTION] = 2
-    best_metric: Annotated[str, EXECUTION] = "rewards/accuracies"
+    best_metric: Annotated[str | None, EXECUTION] = None
+    """Decides `best/`; default: rewards/accuracies, or loss where the objective compares nothing."""
     max_failures: Annotated[int, Field(ge=0), EXECUTION] = 3
     placement_timeout_seconds: Annotated[float, Field(gt=0), EXECUTION] = 120.0
     """How long workers and reference actors may wait for resources before the run stops and names what is missing."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
-
-    @property
-    def best_is_smallest(self) -> bool:
-        """Losses, errors and their kind are better when smaller."""
-        return self.best_metric.startswith(("loss", "nll", "calibration/", "objective/"))
 
 
 class Config(Section):
@@ -161,6 +157,16 @@ class Config(Section):
                 " raise train.batch_size or lower train.num_workers"
             )
         return train
+
+    @property
+    def best_metric(self) -> str:
+        """The evaluation metric by which checkpoints compete."""
+        return self.train.best_metric or ("rewards/accuracies" if self.objective.min_responses > 1 else "loss")
+
+    @property
+    def best_is_smallest(self) -> bool:
+        """Losses, errors and their kind are better when smaller."""
+        return self.best_metric.startswith(("loss", "nll", "calibration/", "objective/"))
 
     @model_validator(mode="after")
     def _bf16_needs_a_partitioned_optimizer(self) -> "Config":

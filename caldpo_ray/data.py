@@ -141,6 +141,7 @@ def _execute(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.target_max_block_size = 1  # every batch a block of its own, so that tasks can share them out
     placed: dict[str, Any] = {"label_selector": data.label_selector} if data.label_selector else {}
     tickets = [{"number": number, "file": pickle.dumps(file)} for number, file in enumerate(files)]
     reports = (

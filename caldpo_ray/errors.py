@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class NoRoom(InputError):
+    """The cluster lacks what the run asks for. Unlike other wrong input it may be cured without touching the config."""
+
+
 class RunError(RuntimeError):
     """The run failed on its way; what it saved is kept and the same command resumes it. Exit code 3."""
 
@@ -29,6 +33,11 @@ def find_error(error: BaseException | None) -> InputError | RunError | None:
         else:
             error = error.__cause__ or error.__context__
     return None
+
+
+def last_line(error: BaseException) -> str:
+    """The line of a foreign error that says what happened; its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def tell(error: InputError | RunError) -> str:

@@ -22,7 +22,7 @@ import yaml
 from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import build_rows
-from caldpo_ray.errors import InputError, RunError, find_error
+from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.export import read_model_manifest, resolve_weights
 from caldpo_ray.feed import split_rows
 from caldpo_ray.held_out import HeldOut, measure, summarise, write_scores
@@ -291,8 +291,7 @@ def _our_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise find_error(error) or RunError(f"{what} stopped: {last}") from error
+        raise find_error(error) or RunError(f"{what} stopped: {last_line(error)}") from error
 
 
 # -- the world -----------------------------------------------------------------------------------------------------

@@ -57,9 +57,8 @@ class Request:
 
 @dataclass
 class Progress:
-    """What the driver shows: the newest metrics line per split and the state of the reference."""
+    """What the driver shows beside the metrics: whether workers came, why they stopped, and the state of the reference."""
 
-    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
     started: bool = False
     failure: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -144,11 +143,6 @@ class Feed:
         """Return when every log-prob is known and the pool has handed back its devices."""
         await self.start()
         await self._until_known(np.concatenate([self._numbers["train"], self._numbers["eval"]]))
-
-    async def record(self, attempt: int, line: dict[str, Any]) -> None:
-        """The newest metrics line, for whoever watches."""
-        self._admit(attempt)
-        self._progress.lines[line["split"]] = line
 
     async def fail(self, kind: str, message: str) -> None:
         """A worker stopped for a reason that restarting would not cure; the first reason counts."""

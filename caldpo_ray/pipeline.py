@@ -14,9 +14,11 @@ import numpy as np
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
-from caldpo_ray.errors import InputError, RunError, find_error
+from caldpo_ray.deepspeed_config import read_raw
+from caldpo_ray.errors import InputError, NoRoom, RunError, find_error, last_line
 from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, schedules, split_rows
+from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
@@ -71,6 +73,7 @@ def train(
     if run.read_status().get("state") == "complete":
         say(f"{run.path}: this run is complete; its model is in {run.model}")
         return run
+    _refuse_what_failed_before(config, run)
     for change in changes:
         say(f"changed since the last attempt: {change}")
     run.write_status("running", None, "", identity)
@@ -83,15 +86,27 @@ def train(
         run.write_status("interrupted", 130, "stopped by the user; the same command resumes it", identity)
         raise
     except (InputError, RunError) as error:
-        run.write_status("failed", 2 if isinstance(error, InputError) else 3, str(error), identity)
+        lasting = isinstance(error, InputError) and not isinstance(error, NoRoom)
+        code, stamp = (2 if isinstance(error, InputError) else 3), (input_stamp(config) if lasting else None)
+        run.write_status("failed", code, str(error), identity, stamp)
         raise
     run.write_status("complete", 0, "", identity)
     return run
 
 
+def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
+    """Job controllers start a failed command again and again: wrong input that nobody touched stays wrong."""
+    status = run.read_status()
+    if status.get("exit_code") == 2 and status.get("inputs") == input_stamp(config):
+        raise InputError(
+            f"{status['reason']}\n(the last attempt stopped with this, and neither the config nor a file it names has changed)"
+        )
+
+
 def prepare(config: Config, run: RunDir) -> Prepared:
     """Models resolved, rows tokenised, store opened, resources checked."""
     require_installed(config.loggers)
+    read_raw(config)
     objective = config.objective
     say(f"{objective.name}: loss = {objective.formula}")
     cache = Path(config.run.output_dir).absolute() / ".cache"
@@ -124,6 +139,8 @@ def connect(verbose: bool) -> None:
 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_SECONDS)
     if not ray.is_initialized():
+        if "RAY_ADDRESS" not in os.environ:  # a cluster of this host alone: nobody drains it under a run
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         level = logging.INFO if verbose else logging.ERROR
         ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
     if not verbose:
@@ -225,14 +242,15 @@ def _translated(answers: Iterator[Any]) -> Iterator[Any]:
     try:
         yield from answers
     except Exception as error:
-        raise find_error(error) or RunError(f"the reference stage stopped: {_last_line(error)}") from error
+        raise find_error(error) or RunError(f"the reference stage stopped: {last_line(error)}") from error
 
 
 def fit(prepared: Prepared) -> None:
     """Feed, reference pool and policy workers, until the last step is exported."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from caldpo_ray.trainer import PolicyTrainer
 
     config, run = prepared.config, prepared.run
     side_by_side = require_placeable(config, prepared.job is not None)
@@ -242,7 +260,7 @@ def fit(prepared: Prepared) -> None:
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         .remote(config, prepared.folders, prepared.job)
     )
-    ray.get(feed.start.remote())
+    feed.start.remote()
     if not side_by_side:
         say("the cluster has no room for policy and reference at once: the reference fills its store first")
         _get(feed.reference_complete.remote())
@@ -254,15 +272,13 @@ def fit(prepared: Prepared) -> None:
     )
     ranked = {}
     if prepared.num_eval:
-        metric = config.train.best_metric
         ranked = {
-            "checkpoint_score_attribute": metric,
-            "checkpoint_score_order": "min" if config.train.best_is_smallest else "max",
+            "checkpoint_score_attribute": config.best_metric,
+            "checkpoint_score_order": "min" if config.best_is_smallest else "max",
         }
-    trainer = TorchTrainer(
+    trainer = PolicyTrainer(
         train_loop,
         train_loop_config=worker_settings(prepared, feed),
-        torch_config=TorchConfig(backend="nccl" if config.train.use_gpu and _has_cuda() else "gloo"),
         scaling_config=scaling,
         run_config=RunConfig(
             name="checkpoints",
@@ -272,12 +288,12 @@ def fit(prepared: Prepared) -> None:
         ),
     )
     num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
-    with Watcher(feed, num_steps):
+    with Watcher(feed, run.metrics, num_steps):
         try:
             trainer.fit()
         except Exception as error:
             _raise_failure(feed)
-            raise find_error(error) or RunError(f"training stopped: {_last_line(error)}") from error
+            raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
     _raise_failure(feed)
     ray.kill(feed)
 
@@ -299,12 +315,6 @@ def train_loop(settings: dict[str, Any]) -> None:
     train_loop_per_worker(settings)
 
 
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _get(reference: Any) -> Any:
     import ray
 
@@ -314,16 +324,14 @@ def _get(reference: Any) -> Any:
         raise find_error(error) or error from None
 
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
 def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
     """The one dictionary that a policy worker gets."""
     config = prepared.config
     model = config.model.model_copy(update={"name_or_path": prepared.policy.path, "revision": prepared.policy.revision})
+    values = config.model_dump(mode="json")
+    values["train"]["deepspeed"]["config"] = read_raw(config)  # a file is read here: workers may not see it
     return {
-        "config": config.model_dump(mode="json"),
+        "config": values,
         "model": model.model_dump(mode="json"),
         "run_dir": str(prepared.run.path),
         "feed": feed,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from caldpo_ray.config import Config
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import NoRoom
 
 Resources = dict[str, float]
 POLL_SECONDS = 1.0
@@ -79,7 +79,7 @@ def require_placeable(config: Config, needs_reference: bool) -> bool:
     """Wait, at most `train.placement_timeout_seconds`, until the cluster is large enough.
 
     Returns whether policy and reference fit side by side; if only one after the other does, the reference must fill the
-    store first. Raises InputError naming the process that fits nowhere, what it needs, and what the nodes have.
+    store first. Raises NoRoom naming the process that fits nowhere, what it needs, and what the nodes have.
     """
     workers, actors = bundles(config, needs_reference)
     deadline = time.monotonic() + config.train.placement_timeout_seconds
@@ -94,7 +94,7 @@ def require_placeable(config: Config, needs_reference: bool) -> bool:
         missing = in_turn or unplaced([*workers, *actors], nodes)
         assert missing is not None
         if time.monotonic() > deadline:
-            raise InputError(_explain(missing, config, nodes, alone=in_turn is not None))
+            raise NoRoom(_explain(missing, config, nodes, alone=in_turn is not None))
         if not announced:
             print(
                 f"waiting up to {config.train.placement_timeout_seconds:.0f} s for the cluster to have room for a {missing.role}",

@@ -10,7 +10,6 @@ from caldpo_ray.data import make_row
 from caldpo_ray.deepspeed_config import read_raw
 from caldpo_ray.errors import InputError
 from caldpo_ray.models import load_tokenizer
-from caldpo_ray.objective_parameters import ObjectiveParameters
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
 from caldpo_ray.tokenization import check_tokenizer, row_id
@@ -63,16 +62,12 @@ def _records(source: str) -> Iterator[tuple[str, int, Any]]:
 
 def plan(config: Config) -> Iterator[str]:
     """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work."""
-    yield f"objective  {describe(config.objective)}"
+    yield f"objective  {config.objective.name}: {config.objective.formula}"
     read_raw(config)
     sample, _ = sample_rows(config, SAMPLE_ROWS)
     yield from _data_lines(sample)
     yield from _memory_lines(config)
     yield from _placement_lines(config)
-
-
-def describe(objective: ObjectiveParameters) -> str:
-    return f"{objective.name}: {objective.formula}"
 
 
 def _data_lines(sample: Sample) -> Iterator[str]:

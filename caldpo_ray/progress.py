@@ -3,8 +3,11 @@
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from caldpo_ray.run_dir import newest_metrics
 
 PLAIN_SECONDS = 15.0
 POLL_SECONDS = 0.5
@@ -18,8 +21,8 @@ def say(message: str) -> None:
 class Watcher:
     """Shows the newest metrics while the body of the `with` statement runs."""
 
-    def __init__(self, feed: Any, num_steps: int) -> None:
-        self._feed, self._num_steps = feed, num_steps
+    def __init__(self, feed: Any, metrics: Path, num_steps: int) -> None:
+        self._feed, self._metrics, self._num_steps = feed, metrics, num_steps
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None
@@ -66,8 +69,8 @@ class Watcher:
         except RayError:
             return "the feed is starting again"
         self._notes = progress.notes
-        line = progress.lines.get("train")
-        if line is None:
+        line = newest_metrics(self._metrics)
+        if line is None or not progress.started:
             reference = progress.reference
             scored = (
                 f"; reference {reference.joined} joined, {reference.scored} scored of {reference.wanted}"

@@ -13,6 +13,7 @@ from caldpo_ray.errors import InputError
 from caldpo_ray.rows import write_atomically
 
 State = Literal["running", "complete", "failed", "interrupted"]
+TAIL_BYTES = 2**16  # holds some dozens of metrics lines
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,12 @@ class RunDir:
         """State, exit code and reason of the last attempt; empty for a new run."""
         return dict(json.loads(self.status.read_text())) if self.status.exists() else {}
 
-    def write_status(self, state: State, exit_code: int | None, reason: str, identity: str) -> None:
-        facts = {"state": state, "exit_code": exit_code, "reason": reason, "identity": identity}
+    def write_status(
+        self, state: State, exit_code: int | None, reason: str, identity: str, inputs: str | None = None
+    ) -> None:
+        """`inputs` is the stamp of what was wrong (see `input_stamp`), where it stays wrong until somebody changes it."""
+        facts = {"state": state, "exit_code": exit_code, "reason": reason, "identity": identity, "inputs": inputs}
         write_atomically(self.status, json.dumps(facts, indent=1))
-
-    def last_checkpoint(self) -> Path | None:
-        steps = sorted(self.path.glob("checkpoints/step-*"))
-        return steps[-1] if steps else None
 
 
 def identity_digest(config: Config) -> str:
@@ -160,3 +160,16 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def newest_metrics(path: Path) -> dict[str, Any] | None:
+    """The last complete line of training, read from the end of the file."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        *lines, _ = file.read().split(b"\n")  # the last piece is empty, or a line that is being written
+    for line in reversed(lines):
+        if b'"split": "train"' in line:
+            return dict(json.loads(line))
+    return None

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
-from caldpo_ray.errors import InputError, RunError, find_error
+from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import load_tokenizer
@@ -136,9 +136,8 @@ class PolicyWorker:
         self.state = self._read_checkpoint()
         stage = self.config.train.deepspeed.zero_stage
         self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
-        model = ModelSection.model_validate(settings["model"])
-        self.tokenizer = load_tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
-        self.engine = build_engine(self.config, model, self.device, self.universal)
+        self.model = ModelSection.model_validate(settings["model"])
+        self.engine = build_engine(self.config, self.model, self.device, self.universal)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
@@ -178,7 +177,9 @@ class PolicyWorker:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
         if self.checkpoint is not None:
             with self.checkpoint.as_directory() as folder:
-                checkpoint.load(self.engine, Path(folder), self.universal)
+                # Named by the attempt: what an attempt that was killed left behind is never taken for a whole one.
+                scratch = Path(tempfile.gettempdir()) / f"caldpo-universal-{self.attempt}"
+                checkpoint.load(self.engine, Path(folder), scratch if self.universal else None)
         state = self.state
         if self.rank == 0:
             truncate_metrics(self.run.metrics, state.step if state else 0)
@@ -216,6 +217,8 @@ class PolicyWorker:
             parts.append(part)
         totals = self.reduce(metrics.merge(parts))
         self._require_finite(step, totals, share)
+        if step == 0 and self.settings["num_eval"]:
+            self._require_best_metric(totals)
         before = self._gradient_norm_of_stage_0()
         self.engine.step()
         if (step + 1) % self.config.train.log_every and step + 1 < self.schedules["train"].num_steps:
@@ -256,16 +259,12 @@ class PolicyWorker:
         self.evaluated = line
         if self.rank == 0:
             self.write(line)
-        value = line.get(self.config.train.best_metric)
-        if value is None:
-            known = ", ".join(sorted(name for name in line if "/" in name or name == "loss"))
-            raise InputError(
-                f"train.best_metric = {self.config.train.best_metric}: not among the evaluation metrics: {known}"
-            )
-        if best is not None and (value > best if self.config.train.best_is_smallest else value <= best):
+        self._require_best_metric(line)
+        value = float(line[self.config.best_metric])
+        if best is not None and (value >= best if self.config.best_is_smallest else value <= best):
             return best
         self.export(self.run.best)
-        return float(value)
+        return value
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -294,7 +293,8 @@ class PolicyWorker:
             scratch = target.with_name(f".{target.name}.unfinished")
             shutil.rmtree(scratch, ignore_errors=True)
             model.save_pretrained(scratch, state_dict=weights)
-            self.tokenizer.save_pretrained(scratch)
+            name = self.model
+            load_tokenizer(name.name_or_path, name.revision, name.trust_remote_code).save_pretrained(scratch)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         dist.barrier()
@@ -357,7 +357,6 @@ class PolicyWorker:
         append_metrics(self.run.metrics, line)
         for log in self.loggers:
             log(line["step"], scalars(line))
-        self.feed.record.remote(self.attempt, line)
 
     def _check_start(self, micro_batch: MicroBatch, gap: Tensor) -> None:
         """Before the first step the policy is the reference: every log-ratio is zero, or the two are not the same model."""
@@ -371,6 +370,13 @@ class PolicyWorker:
                     f"the policy before its first step must equal the reference, but row {row.row_id}, response {off[0]} differs by"
                     f" {ratios[off[0]]:.4f} nats; verify the store with `caldpo reference verify`, or set reference.store=null"
                 )
+
+    def _require_best_metric(self, found: Mapping[str, Any]) -> None:
+        """Asked at the first step already, where only the calibration of held-out rows is still to come."""
+        name = self.config.best_metric
+        if name not in found and not (name.startswith("calibration/") and "split" not in found):
+            known = ", ".join(sorted(each for each in found if each == "loss" or ("/" in each and "wait/" not in each)))
+            raise InputError(f"train.best_metric = {name}: not among the evaluation metrics: {known}")
 
     def _require_finite(self, step: int, totals: metrics.Metrics, share: Share) -> None:
         if not torch.isfinite(totals["loss"][0]).all():
@@ -432,8 +438,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         dist.destroy_process_group()  # peers inside a collective wake up with an error
     except Exception as error:
         if ray.get(feed.progress.remote()).failure is None:
-            last = (str(error).strip().splitlines() or [""])[-1]
             feed.note.remote(
-                f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last}); starting again from the last checkpoint"
+                f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)});"
+                " starting again from the last checkpoint"
             )
             raise

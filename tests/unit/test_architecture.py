@@ -41,6 +41,8 @@ LAYERS = [
         "loggers",
         "model_card",
         "progress",
+        "trainer",
+        "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},
     {"placement", "held_out", "pipeline", "evaluation", "export", "plan", "cli", "__main__"},

@@ -79,6 +79,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_fewer_rows_than_workers_and_bf16_at_stage_0_are_refused(path: Path) -> None:
     assert "every worker needs a row" in complaint(path, "train.batch_size=2", "train.num_workers=4")
+    assert "at least 1 character" in complaint(path, "data.train=''")
     assert "hidden Adam step" in complaint(path, "model.dtype=bfloat16", "train.deepspeed.zero_stage=0")
 
 

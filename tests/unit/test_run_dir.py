@@ -5,7 +5,14 @@ import pytest
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.run_dir import append_metrics, changed_execution_keys, open_run_dir, read_metrics, truncate_metrics
+from caldpo_ray.run_dir import (
+    append_metrics,
+    changed_execution_keys,
+    newest_metrics,
+    open_run_dir,
+    read_metrics,
+    truncate_metrics,
+)
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -64,8 +71,25 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert [(line["step"], line["split"]) for line in read_metrics(path)] == [(1, "train"), (2, "train"), (2, "eval")]
 
 
+def test_the_newest_line_of_training_is_found_at_the_end_of_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert newest_metrics(path) is None
+    for step in range(3000):
+        append_metrics(path, {"step": step, "split": "train", "loss": 0.5})
+    append_metrics(path, {"step": 2999, "split": "eval"})
+    with path.open("a") as file:
+        file.write('{"step": 3000, "split": "train"')
+    assert newest_metrics(path) == {"step": 2999, "split": "train", "loss": 0.5}
+
+
 def test_status_is_written_whole(tmp_path: Path) -> None:
     run = open_run_dir(config(tmp_path), fresh=False)
     assert run.read_status() == {}
     run.write_status("failed", 3, "why", "id")
-    assert json.loads(run.status.read_text()) == {"state": "failed", "exit_code": 3, "reason": "why", "identity": "id"}
+    assert json.loads(run.status.read_text()) == {
+        "state": "failed",
+        "exit_code": 3,
+        "reason": "why",
+        "identity": "id",
+        "inputs": None,
+    }
