@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
+import ray
 
 from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Row
@@ -60,6 +62,7 @@ class Progress:
     """What the driver shows beside the metrics: whether workers came, why they stopped, and the state of the reference."""
 
     started: bool = False
+    places: dict[tuple[str, int], Place] = field(default_factory=dict)
     failure: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)
     reference: ReferenceProgress | None = None
@@ -144,6 +147,10 @@ class Feed:
         await self.start()
         await self._until_known(np.concatenate([self._numbers["train"], self._numbers["eval"]]))
 
+    async def place(self, place: Place) -> None:
+        """A policy worker or reference actor says where it is; a rank that was started again takes its place over."""
+        self._progress.places[place.role, place.number] = place
+
     async def fail(self, kind: str, message: str) -> None:
         """A worker stopped for a reason that restarting would not cure; the first reason counts."""
         self._progress.failure = self._progress.failure or (kind, message)
@@ -218,8 +225,9 @@ class Feed:
         """Thread: the reference stage, running ahead of training."""
         assert self._job is not None and self._logps is not None and self._progress.reference is not None
         try:
+            me = ray.get_runtime_context().current_actor
             for numbers, logps in reference_logps(
-                self._job, self._folders, self._reference_order(), self._progress.reference
+                self._job, self._folders, self._reference_order(), self._progress.reference, me
             ):
                 self._logps[numbers] = logps
                 self._announce()

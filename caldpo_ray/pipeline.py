@@ -5,8 +5,8 @@ Every stage knows its own input; only this module knows their order. `train` ret
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
 from caldpo_ray.placement import require_placeable
-from caldpo_ray.progress import Watcher, say
+from caldpo_ray.progress import Place, Watcher, say
 from caldpo_ray.reference import (
     ReferenceJob,
     ReferenceProgress,
@@ -254,7 +254,7 @@ def fit(prepared: Prepared) -> None:
 
     config, run = prepared.config, prepared.run
     side_by_side = require_placeable(config, prepared.job is not None)
-    write_manifest(prepared)
+    write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -295,6 +295,7 @@ def fit(prepared: Prepared) -> None:
             _raise_failure(feed)
             raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
     _raise_failure(feed)
+    write_manifest(prepared, ray.get(feed.progress.remote()).places.values())
     ray.kill(feed)
 
 
@@ -344,8 +345,8 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
     }
 
 
-def write_manifest(prepared: Prepared) -> None:
-    """What this run was trained on and against: versions, digests, store key."""
+def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
+    """What this run was trained on and against, and where: versions, digests, store key, processes."""
     from importlib.metadata import version
 
     packages = ("caldpo-ray", "ray", "torch", "transformers", "deepspeed", "peft")
@@ -360,6 +361,7 @@ def write_manifest(prepared: Prepared) -> None:
         "eval_rows": prepared.num_eval,
         "objective": prepared.config.objective.model_dump(mode="json"),
         "identity": identity_digest(prepared.config),
+        "places": [asdict(place) for place in places],
     }
     write_atomically(prepared.run.manifest, json.dumps(facts, indent=1))
 

@@ -1,8 +1,11 @@
 """What a person sees while a run goes on: one live line, or one plain line now and then where there is no terminal."""
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +21,38 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process of the run lives: a policy worker by its rank, a reference actor by its pid. GPUs by Ray's ids."""
+
+    role: str
+    number: int
+    node: str
+    pid: int
+    gpus: tuple[str, ...]
+
+
+def this_place(role: str, rank: int | None = None) -> Place:
+    """The place of the calling Ray worker."""
+    import ray
+
+    gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    pid = os.getpid()
+    return Place(role, pid if rank is None else rank, ray.util.get_node_ip_address(), pid, tuple(map(str, gpus)))
+
+
+def describe_places(places: Iterable[Place]) -> str:
+    """One clause per role and node: how many processes, and on which GPUs."""
+    groups: dict[tuple[str, str], list[Place]] = {}
+    for place in places:
+        groups.setdefault((place.role, place.node), []).append(place)
+    clauses = []
+    for (role, node), members in groups.items():
+        gpus = ", ".join(gpu for place in members for gpu in place.gpus)
+        clauses.append(f"{len(members)} {role}{'s' * (len(members) > 1)} on {node}{f' (GPU {gpus})' if gpus else ''}")
+    return "; ".join(clauses)
+
+
 class Watcher:
     """Shows the newest metrics while the body of the `with` statement runs."""
 
@@ -26,8 +61,9 @@ class Watcher:
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None
-        self._notes: list[str] = []
-        self._num_notes_shown = 0
+        self._news: list[str] = []
+        self._num_notes = 0
+        self._placed = False
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> "Watcher":
@@ -45,9 +81,7 @@ class Watcher:
         shown, last_plain = "", -PLAIN_SECONDS
         while not self._stop.wait(POLL_SECONDS):
             text = self._text()
-            for note in self._notes[self._num_notes_shown :]:
-                say(f"\r\x1b[2K{note}" if live else note)
-                self._num_notes_shown += 1
+            self._tell_news(live)
             if live:
                 sys.stdout.write(f"\r\x1b[2K{text}")
                 sys.stdout.flush()
@@ -55,10 +89,17 @@ class Watcher:
                 say(text)
                 shown, last_plain = text, time.monotonic()
         text = self._text()
+        self._tell_news(live)
         if live:
             sys.stdout.write("\r\x1b[2K")
         if text != shown:
             say(text)
+
+    def _tell_news(self, live: bool) -> None:
+        """Lines that stay on the screen."""
+        while self._news:
+            news = self._news.pop(0)
+            say(f"\r\x1b[2K{news}" if live else news)
 
     def _text(self) -> str:
         import ray
@@ -68,7 +109,11 @@ class Watcher:
             progress = ray.get(self._feed.progress.remote(), timeout=5)
         except RayError:
             return "the feed is starting again"
-        self._notes = progress.notes
+        if progress.started and not self._placed:
+            self._news.append(describe_places(progress.places.values()))
+            self._placed = True
+        self._news += progress.notes[self._num_notes :]
+        self._num_notes = len(progress.notes)
         line = newest_metrics(self._metrics)
         if line is None or not progress.started:
             reference = progress.reference

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
+from caldpo_ray.progress import this_place
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
 from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
@@ -38,13 +39,15 @@ class ReferenceJob:
 class ReferenceScorer:
     """One actor of the pool: the frozen model on its own device, answering with summed log-probs."""
 
-    def __init__(self, job: ReferenceJob, folders: list[str]) -> None:
+    def __init__(self, job: ReferenceJob, folders: list[str], feed: Any | None) -> None:
         import torch
 
         from caldpo_ray.models import load_model
         from caldpo_ray.scoring import ResponseScorer, choose_layout
 
         torch.set_num_threads(max(1, int(job.settings.num_cpus_per_actor)))
+        if feed is not None:
+            feed.place.remote(this_place("reference actor"))
         self._told = ""
         self._rows = RowCache(folders)
         self._batch_tokens = job.settings.batch_tokens
@@ -116,7 +119,7 @@ class _Writer:
 
 
 def reference_logps(
-    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress
+    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress, feed: Any | None = None
 ) -> Iterator[tuple[Indices, Floats]]:
     """Yield (numbers of distinct responses, log-probs in nats) until every row of `order` is answered.
 
@@ -140,7 +143,7 @@ def reference_logps(
     writer = _Writer(job.store, distinct, rows.response_lengths())
     started = time.monotonic()
     try:
-        for responses, logps in _score(job, folders, np.concatenate([complete[:NUM_PROBES], missing])):
+        for responses, logps in _score(job, folders, np.concatenate([complete[:NUM_PROBES], missing]), feed):
             numbers = distinct.of_response[responses]
             _check_answers(rows, responses, logps, known[numbers], job)
             new, at = np.unique(numbers[np.isnan(known[numbers])], return_index=True)
@@ -199,7 +202,7 @@ def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np
     return 1e-3 + 1e-4 * tokens if dtype == "float32" else 0.5 + 0.02 * tokens
 
 
-def _score(job: ReferenceJob, folders: list[str], order: Indices) -> Iterator[tuple[Indices, Floats]]:
+def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None) -> Iterator[tuple[Indices, Floats]]:
     """One Ray Data execution: row numbers in, through the actor pool, answers out."""
     import ray.data
 
@@ -215,7 +218,7 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices) -> Iterator[tu
     )
     answers = ray.data.from_numpy(blocks).map_batches(
         ReferenceScorer,
-        fn_constructor_args=(job, folders),
+        fn_constructor_args=(job, folders, feed),
         batch_size=ROWS_PER_REQUEST,
         compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
         num_cpus=settings.num_cpus_per_actor,

@@ -31,6 +31,7 @@ from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import load_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
+from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 
@@ -132,6 +133,7 @@ class PolicyWorker:
         self.schedules: dict[SplitName, Schedule] = schedules(self.config, settings["num_train"], settings["num_eval"])
         self.objective: Objective = get_objective(**self.config.objective.model_dump())
         self.attempt = self._agree_on_attempt()
+        self.feed.place.remote(this_place("policy worker", self.rank))
         self.checkpoint = ray.train.get_checkpoint()
         self.state = self._read_checkpoint()
         stage = self.config.train.deepspeed.zero_stage

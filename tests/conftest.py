@@ -22,10 +22,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
-    """Address of a local cluster with the two CPUs that the defaults are made for."""
+    """Address of a local cluster with the two CPUs that the defaults are made for, and three GPUs in its books."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, num_gpus=3, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     address: str = ray.get_runtime_context().gcs_address
     os.environ["RAY_ADDRESS"] = address
     yield address

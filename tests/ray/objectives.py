@@ -1,5 +1,13 @@
 """Objectives of a user, named in a config as `tests.ray.objectives:function`."""
 
+import gc
+import json
+import os
+import resource
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -8,3 +16,21 @@ def explodes(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, 
     margins = (policy_logps - reference_logps)[:, 0] - (policy_logps - reference_logps)[:, 1]
     moved = (policy_logps - reference_logps).abs().max() > at
     return -beta * margins + (float("nan") if moved else 0.0)
+
+
+def observed(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
+) -> Tensor:
+    """DPO's margin; each call leaves in `folder` what is in its process: rank, group, largest tensor, peak memory."""
+    facts = {
+        "pid": os.getpid(),
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "group": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        "largest_tensor": max(each.numel() for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    with (Path(folder) / f"{facts['rank']}.jsonl").open("a") as file:
+        file.write(json.dumps(facts) + "\n")
+    log_ratios = policy_logps - reference_logps
+    return -beta * (log_ratios[:, 0] - log_ratios[:, 1])

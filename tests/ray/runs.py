@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Run:
 
     process: subprocess.Popen[str]
     path: Path
+    alive: dict[str, Any] = field(default_factory=dict)
+    """What a test saw of it in Ray's state."""
 
     def lines(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"

@@ -113,7 +113,10 @@ OPTIONS = {
     "beta": (["objective.beta=0"], "beta"),
     "unknown parameter": (["objective.margin=1"], "margin"),
     "batch": (["train.batch_size=1", "train.num_workers=2"], "every worker needs a row"),
-    "too many GPUs": (["train.use_gpu=true", SHORT], "needs 0.5 CPU, 1 GPU"),
+    "too many GPUs": (
+        ["train.use_gpu=true", "train.num_workers=4", "train.batch_size=4", SHORT],
+        "needs 0.5 CPU, 1 GPU",
+    ),
     "unknown label": (["train.label_selector={zone: x}", SHORT], "labelled {'zone': 'x'}"),
     "missing logger": (["loggers=[mlflow]"], "mlflow"),
     "unknown metric": (["train.best_metric=nonsense", "data.eval=0.2"], "nonsense"),

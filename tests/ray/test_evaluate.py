@@ -140,7 +140,11 @@ def test_errors_inside_the_pool_come_out_as_one_message(world: Path, tmp_path: P
     with pytest.raises(InputError, match="1 response, but the objective compares 2 or more"):
         evaluate(model, data=str(single), **options)
     with pytest.raises(InputError, match=r"a reference actor .* needs 0.5 CPU, 1 GPU"):
-        options["overrides"] += ["reference.num_gpus_per_actor=1", "train.placement_timeout_seconds=0.1"]
+        options["overrides"] += [
+            "reference.num_gpus_per_actor=1",
+            "reference.num_actors=4",
+            "train.placement_timeout_seconds=0.1",
+        ]
         evaluate(model, data=str(world / "eval.jsonl"), **options)
     weights = AutoModelForCausalLM.from_pretrained(model)
     weights.lm_head.weight.data.fill_(float("nan"))

@@ -1,6 +1,11 @@
 """Options of training that need real workers: LoRA, bf16, checkpointed activations, RMSprop, offload, ranked rows, SFT."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +74,49 @@ def test_ranked_rows_by_all_pairs_and_completions_by_sft(config: Path, world: Pa
     path.write_text(path.read_text().replace("  beta: 0.1\n", ""))
     found = losses(path, "sft", *sft)
     assert found[0] > 2.5 and found[-1] < 0.6 * found[0]
+
+
+def peaks(config: Path, name: str, stage: int) -> tuple[float, float]:
+    """(before the first step, at the end) peak memory of rank 0's process in MiB."""
+    folder = config.parent / name
+    folder.mkdir()
+    overrides = ["objective.name=tests.ray.objectives:observed", f"objective.folder={folder}"]
+    losses(config, name, *overrides, "train.num_workers=2", f"train.deepspeed.zero_stage={stage}")
+    facts = [json.loads(line)["peak_mib"] for line in (folder / "0.jsonl").read_text().splitlines()]
+    return facts[0], facts[-1]
+
+
+def test_zero_3_never_holds_a_whole_model_per_rank(world: Path, tmp_path: Path, cluster: str) -> None:
+    """Not even while it loads (`zero.Init`): before the first step a rank of ZeRO-1 holds all weights, one of ZeRO-3 half."""
+    model = tmp_path / "model"
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8}
+    settings = json.loads((world / "model" / "config.json").read_text()) | shape | {"num_key_value_heads": 8}
+    shutil.copytree(world / "model", model)
+    (model / "config.json").write_text(json.dumps(settings))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join((world / "train.jsonl").read_text().splitlines(keepends=True)[:8]))
+    config = write_config(
+        tmp_path, world, model={"name_or_path": str(model)}, data={"train": str(data)}, train={"batch_size": 4}
+    )
+    weights_mib = 16 * (4 * 512 * 512 + 3 * 512 * 1536) * 4 / 2**20
+    whole, parted = peaks(config, "zero1", 1), peaks(config, "zero3", 3)
+    assert whole[0] - parted[0] > 0.35 * weights_mib, (whole, parted, weights_mib)
+    assert whole[1] - parted[1] > 0.5 * weights_mib, (whole, parted, weights_mib)
+
+
+def test_without_a_compiler(world: Path, tmp_path: Path, cluster: str) -> None:
+    """DeepSpeed would like to build an operation; a machine without a C++ compiler must train all the same."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    compilers = re.compile(r"(.*-)?(cc|gcc|g\+\+|c\+\+|clang|ninja|c89|c99|cpp)(-.*)?$")
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for tool in Path(folder).glob("*"):
+            if not compilers.match(tool.name) and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "CC", "CXX")}
+    environment |= {"PATH": str(tools), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    config = write_config(tmp_path, world, train={"max_steps": 2})
+    command = [sys.executable, "-m", "caldpo_ray", "train", str(config), "run.name=plain"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read_metrics(tmp_path / "runs" / "plain" / "metrics.jsonl")) == 2

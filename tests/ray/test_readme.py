@@ -1,0 +1,54 @@
+"""The commands of the README, as they stand there: with a small model, and with as many workers as this machine has room for."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from caldpo_ray.cli import main
+from caldpo_ray.config import load_config
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
+COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+SMALLER = ["train.num_workers=2", "reference.num_actors=1"]
+TAKES_OVERRIDES = ("plan", "preview", "train")
+
+
+@pytest.mark.parametrize(
+    "config", sorted(ROOT.glob("examples/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_configs_of_the_examples(config: Path) -> None:
+    load_config(config)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
+def test_make(command: str) -> None:
+    done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_align_your_own_model(
+    world: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config,) = re.findall(r"```yaml\n# my-run.yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my-run.yaml").write_text(config)
+    shutil.copytree(world / "model", tmp_path / "my-model")
+    shutil.copy(world / "train.jsonl", tmp_path / "preferences.jsonl")
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("caldpo ")]
+    assert {verb for verb, *_ in commands} >= {"plan", "preview", "train", "evaluate", "export"}
+    for verb, *arguments in commands:
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, *arguments, *(SMALLER if verb in TAKES_OVERRIDES else [])])
+        assert stopped.value.code == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert ", 0 scored" in said, "the second objective finds the reference in the store"
+    for file in ("metrics.jsonl", "manifest.json", "status.json", "model/config.json", "best/config.json", "eval.json"):
+        assert (tmp_path / "runs" / "my-run" / file).is_file()
+    assert (tmp_path / "my-aligned-model" / "model.safetensors").is_file()

@@ -1,0 +1,40 @@
+"""A whole run on rows that live elsewhere: training rows in an S3 bucket, held-out rows in a dataset hub."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ray.runs import write_config
+from tests.unit.test_sources_remote import CARD, REPOS, Hub, s3, serve
+
+pytestmark = pytest.mark.ray
+__all__ = ["s3"]  # the fixture
+
+
+def test_s3_and_hub(world: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (world / "train.jsonl").read_bytes().splitlines(keepends=True)
+    s3.pipe_file("data/world/a.jsonl.gz", gzip.compress(b"".join(lines[:40])))
+    s3.pipe_file("data/world/deep/b.jsonl", b"".join(lines[40:64]))
+    held_out = gzip.compress(b"".join((world / "eval.jsonl").read_bytes().splitlines(keepends=True)[:20]))
+    monkeypatch.setitem(REPOS, "org/world", {"README.md": CARD, "prefs/held_out.jsonl.gz": held_out})
+    data = {"train": "s3://data/world", "eval": "hub:org/world:train_prefs"}
+    config = write_config(tmp_path, world, data=data, train={"num_workers": 1, "save_every": 1})
+    with serve(Hub) as endpoint:
+        # A cluster of its own: the readers in its workers find both servers through their environment.
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub")}
+        command = [sys.executable, "-m", "caldpo_ray", "train", str(config), "run.name=remote"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "runs" / "remote"
+    facts = json.loads((run / "manifest.json").read_text())
+    assert (facts["train_rows"], facts["eval_rows"]) == (64, 20)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rows"] for line in steps if line["split"] == "train"] == [32, 64]
+    assert (run / "model" / "model.safetensors").is_file()
