@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import resource
 from pathlib import Path
 
 import torch
@@ -21,14 +20,13 @@ def explodes(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, 
 def observed(
     policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
 ) -> Tensor:
-    """DPO's margin; each call leaves in `folder` what is in its process: rank, group, largest tensor, peak memory."""
+    """DPO's margin; each call leaves in `folder` what is in its process: rank, group, largest tensor."""
     facts = {
         "pid": os.getpid(),
         "rank": dist.get_rank(),
         "world_size": dist.get_world_size(),
         "group": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
         "largest_tensor": max(each.numel() for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     with (Path(folder) / f"{facts['rank']}.jsonl").open("a") as file:
         file.write(json.dumps(facts) + "\n")
