@@ -5,15 +5,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, last_line
 
 Line = dict[str, Any]
 Logger = Callable[[int, dict[str, float]], None]
 
 
 def open_loggers(names: Sequence[str], run_dir: Path, config: dict[str, Any], identity: str) -> list[Logger]:
-    """One function per logger, each taking (step, values)."""
-    return [LOGGERS[name](run_dir, config, identity) for name in names]
+    """One function per logger, each taking (step, values). Raises InputError naming the one that cannot start."""
+    opened = []
+    for name in names:
+        try:
+            opened.append(LOGGERS[name](run_dir, config, identity))
+        except Exception as error:  # a server that is away, a missing key: each package has its own errors
+            raise InputError(
+                f"loggers: {name} cannot start ({last_line(error)}); mend that, or remove it from loggers"
+            ) from error
+    return opened
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -55,7 +63,10 @@ def _mlflow(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
     import mlflow
 
     mlflow.set_experiment("caldpo_ray")
-    run = mlflow.start_run(run_name=run_dir.name, tags={"identity": identity})
+    mine = f"tags.identity = '{identity}' and attributes.run_name = '{run_dir.name}'"
+    found = mlflow.search_runs(filter_string=mine, max_results=1, output_format="list")
+    # A resumed run goes on in the same place.
+    run = mlflow.start_run(found[0].info.run_id if found else None, run_name=run_dir.name, tags={"identity": identity})
     client = mlflow.MlflowClient()
 
     def log(step: int, values: dict[str, float]) -> None:

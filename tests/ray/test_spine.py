@@ -1,9 +1,11 @@
 """The spine, for real: world, data, reference actors, feed, two DeepSpeed workers, kill -9 of one, identical resume."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.ray.runs import Run, kill, pids, start, train, write_config
 
@@ -43,3 +45,17 @@ def test_a_killed_policy_worker_changes_nothing(config: Path, undisturbed: Run) 
     steps = [line["step"] for line in run.lines() if line["split"] == "train"]
     assert steps == list(range(1, 53)), "4 epochs of ceil(400 / 32) steps, each once"
     assert_same(run, undisturbed)
+
+
+def test_the_best_model_and_its_checkpoint_are_kept_beside_the_last(undisturbed: Run) -> None:
+    """By `rewards/accuracies` on the held-out rows, evaluated at every save; two checkpoints are kept."""
+    evaluations = [line for line in undisturbed.lines() if line["split"] == "eval"]
+    assert [line["step"] for line in evaluations] == [*range(5, 55, 5), 52]
+    best = max(evaluations, key=lambda line: line["rewards/accuracies"])
+    saved = sorted(path.name for path in undisturbed.path.glob("checkpoints/step-*"))
+    assert saved == sorted({f"step-{best['step']:08d}", "step-00000052"} | set(saved[:1])) and len(saved) == 2
+    state = json.loads((undisturbed.path / "checkpoints" / "step-00000052" / "trainer_state.json").read_text())
+    assert (state["step"], state["best_metric"]) == (52, best["rewards/accuracies"])
+    kept, last = load_file(undisturbed.path / "best" / "model.safetensors"), undisturbed.weights()
+    same = all((kept[name] == last[name]).all() for name in last)
+    assert same == (best["step"] == 52)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from caldpo_ray.config import TrainSection
+from caldpo_ray.errors import InputError
 from caldpo_ray.feed import MicroBatch
 from caldpo_ray.loggers import open_loggers, scalars
 from caldpo_ray.schema import Row
@@ -57,3 +58,31 @@ def test_tensorboard_gets_every_number_under_its_name(tmp_path: Path) -> None:
         "eval/logratios/chosen": -1.0,
     }
     assert found.Scalars("eval/loss")[0].step == 7
+
+
+def test_wandb_offline_keeps_the_run_under_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (log,) = open_loggers(["wandb"], tmp_path, {"a": 1}, "id0")
+    log(7, scalars({"step": 7, "split": "eval", "loss": 0.5}))
+    assert [path.name for path in tmp_path.glob("wandb/offline-run-*-id0/*.wandb")] == ["run-id0.wandb"]
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    for step in (7, 8):  # the second time as a resumed run does
+        (log,) = open_loggers(["mlflow"], tmp_path / "run", {}, "id0")
+        log(step, scalars({"step": step, "split": "eval", "loss": 1 / step}))
+        mlflow.end_run()
+    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    values = mlflow.MlflowClient().get_metric_history(run.info.run_id, "eval/loss")
+    assert [(value.step, value.value) for value in values] == [(7, 1 / 7), (8, 1 / 8)]
+
+
+def test_a_logger_that_cannot_start_is_one_message(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match=r"loggers: tensorboard cannot start .*remove it from loggers"):
+        open_loggers(["tensorboard"], tmp_path, {}, "id")
