@@ -63,6 +63,7 @@ class MicroBatchPlan:
     num_head_chunks: int
 
 
+PADDING_WORTH_A_MICRO_BATCH = 2048  # tokens: what launching one more forward and backward costs, roughly
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32
 
 
@@ -106,11 +107,14 @@ def _balanced_shares(lengths: Sequence[int], world_size: int) -> list[list[int]]
 def _cut(places: list[int], lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
     """Groups of rows of similar length whose padded size fits the budget; a row beyond it runs alone.
 
-    `places` come longest first, so the first row of a group decides its padded length.
+    `places` come longest first, so the first row of a group decides its padded length. A new group also begins where
+    that spares enough padding to the rows that are left.
     """
     groups: list[list[int]] = []
-    for place in places:
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget_tokens:
+    for at, place in enumerate(places):
+        widest = lengths[groups[-1][0]] if groups else 0
+        fits = groups and widest * (len(groups[-1]) + 1) <= budget_tokens
+        if fits and (widest - lengths[place]) * (len(places) - at) < PADDING_WORTH_A_MICRO_BATCH:
             groups[-1].append(place)
         else:
             groups.append([place])

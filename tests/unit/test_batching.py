@@ -55,6 +55,14 @@ def test_a_plan_covers_the_batch_once_and_keeps_ranks_in_step(world_size: int, b
     assert max(loads) - min(loads) <= max(lengths)
 
 
+def test_rows_much_shorter_than_the_rest_are_not_padded_to_it() -> None:
+    long, short = [1000] * 2, [100] * 30
+    ((wide, narrow),) = plan_batch(long + short, [1] * 32, 1, 10**6, 10**6)
+    assert sorted(wide.places) == [0, 1] and len(narrow.places) == 30
+    (together,) = plan_batch([60] * 2 + [20] * 30, [1] * 32, 1, 10**6, 10**6)
+    assert len(together) == 1, "a micro-batch of its own would cost more than the padding"
+
+
 def test_more_ranks_than_rows_gives_empty_micro_batches() -> None:
     plans = plan_batch([10, 20], [1, 1], 4, 100, 100)
     assert sorted(len(rank[0].places) for rank in plans) == [0, 0, 1, 1]
