@@ -33,6 +33,7 @@ from caldpo_ray.tokenization import row_id, tokenise
 
 VERSION = 1
 ROWS_PER_PART = 1024
+BLOCK_BYTES = 2**24  # records to one task: a second process pays for its imports only where there are more
 READ_CPUS, TOKENISE_CPUS = 0.25, 0.5
 NUM_SHOWN_REASONS = 8
 
@@ -141,7 +142,7 @@ def _execute(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # every batch a block of its own, so that tasks can share them out
+    context.target_max_block_size = BLOCK_BYTES
     placed: dict[str, Any] = {"label_selector": data.label_selector} if data.label_selector else {}
     tickets = [{"number": number, "file": pickle.dumps(file)} for number, file in enumerate(files)]
     reports = (

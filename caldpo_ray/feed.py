@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
-import ray
 
 from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
 from caldpo_ray.config import Config
@@ -19,7 +18,7 @@ from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
-from caldpo_ray.schema import Floats, Row
+from caldpo_ray.schema import Floats, Row, Tokens
 from caldpo_ray.store import distinct_responses
 
 SplitName = Literal["train", "eval"]
@@ -33,6 +32,31 @@ class MicroBatch:
     rows: list[Row]
     reference_logps: Floats | None
     num_head_chunks: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels as a few flat arrays: Ray moves each array by itself, and a row alone has four."""
+        pieces = [ids for row in self.rows for ids in (row.prompt_ids, *row.response_ids)]
+        return _unpack, (
+            np.concatenate(pieces) if pieces else np.empty(0, np.int32),
+            [len(ids) for ids in pieces],
+            np.concatenate([row.response_scores for row in self.rows]) if pieces else np.empty(0, np.float32),
+            [(row.row_id, len(row.response_ids), row.weight, row.columns) for row in self.rows],
+            self.reference_logps,
+            self.num_head_chunks,
+        )
+
+
+def _unpack(
+    ids: Tokens, lengths: list[int], scores: Floats, facts: list[Any], logps: Floats | None, chunks: int
+) -> Any:
+    """The micro-batch again; its rows are views of the flat arrays."""
+    pieces = iter(np.split(ids, np.cumsum(lengths)[:-1])) if lengths else iter(())
+    rows, at = [], 0
+    for name, k, weight, columns in facts:
+        prompt, responses = next(pieces), [next(pieces) for _ in range(k)]
+        rows.append(Row(name, prompt, responses, scores[at : at + k], weight, columns))
+        at += k
+    return MicroBatch(rows, logps, chunks)
 
 
 @dataclass(frozen=True)
@@ -225,6 +249,8 @@ class Feed:
         """Thread: the reference stage, running ahead of training."""
         assert self._job is not None and self._logps is not None and self._progress.reference is not None
         try:
+            import ray  # in the actor; the driver, which makes it, starts Ray when it must
+
             me = ray.get_runtime_context().current_actor
             for numbers, logps in reference_logps(
                 self._job, self._folders, self._reference_order(), self._progress.reference, me

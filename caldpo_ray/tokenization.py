@@ -64,7 +64,7 @@ def tokenise(
         room if max_prompt_length is None else min(room, max_prompt_length),
         truncation,
         num_first=num_leading or int(prompt_ids[0] == tokenizer.bos_token_id),
-        num_last=len(_encode(tokenizer, [texts.header])[0]),
+        num_last=len(_encode(tokenizer, [texts.header])[0]) if texts.header else 0,
     )
     row = Row(
         row_id=row_id,

@@ -46,12 +46,13 @@ def quickstart(overrides: Sequence[str]) -> None:
     with phase("sft", seconds):
         base = train(load_config(CONFIGS / "sft.yaml", overrides))
     configs = [load_config(CONFIGS / file, [*changes, *overrides]) for file, changes in CONTRASTS]
-    runs = []
+    runs, sampled = [], [start_sampling(base, reference=base)]
     for config in configs:
         with phase(config.run.name, seconds):
             runs.append(train_with_shared_reference(config))
+        sampled.append(start_sampling(runs[-1], reference=base))  # goes on while the next run starts its workers
     with phase("samples", seconds):
-        of_base, *of_runs = sample([base, *runs], reference=base)
+        of_base, *of_runs = [samples(run, started) for run, started in zip([base, *runs], sampled, strict=True)]
     with phase("figure", seconds):
         results = [
             measured(name_of(config), chosen_log_ratio(run), facts)
@@ -87,22 +88,27 @@ def stored_log_probs(config: Config) -> int:
     return sum(reference["entries"] for reference in list_references(str(config.reference.store)))
 
 
-def sample(runs: Sequence[RunDir], reference: RunDir) -> list[dict[str, float]]:
-    """True reward, grammaticality and KL to the reference of each run, remembered in its folder."""
-    files = {run: run.path / "samples.json" for run in runs}
-    missing = [run for run in runs if not files[run].exists()]
-    if missing:
-        import ray  # here, so that a finished quickstart is shown again without waiting for these
+def start_sampling(run: RunDir, reference: RunDir) -> Any:
+    """A task that samples the run's model and judges it: true reward, grammaticality, KL. None if that was done before."""
+    if (run.path / "samples.json").exists():
+        return None
+    import ray  # here, so that a finished quickstart is shown again without waiting for these
 
-        from caldpo_ray.pipeline import connect
-        from caldpo_ray.sampling import sample_world
+    from caldpo_ray.pipeline import connect
+    from caldpo_ray.sampling import sample_world
 
-        connect(verbose=False)
-        task = ray.remote(sample_world)
-        facts = ray.get([task.remote(str(run.model), str(reference.model)) for run in missing])
-        for run, values in zip(missing, facts, strict=True):
-            write_atomically(files[run], json.dumps(values, indent=1))
-    return [json.loads(files[run].read_text()) for run in runs]
+    connect(verbose=False)
+    return ray.remote(num_cpus=0.5)(sample_world).remote(str(run.model), str(reference.model))
+
+
+def samples(run: RunDir, started: Any) -> dict[str, float]:
+    """What sampling found, remembered in the run's folder."""
+    file = run.path / "samples.json"
+    if started is not None:
+        import ray
+
+        write_atomically(file, json.dumps(ray.get(started), indent=1))
+    return dict(json.loads(file.read_text()))
 
 
 def name_of(config: Config) -> str:

@@ -1,6 +1,7 @@
 """The feed without Ray: the same rows whatever the world size, fencing, and waiting for the reference."""
 
 import asyncio
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import RunError
-from caldpo_ray.feed import Feed, Request, Share, SplitName, StaleAttempt, split_rows
+from caldpo_ray.feed import Feed, MicroBatch, Request, Share, SplitName, StaleAttempt, split_rows
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
 
@@ -125,3 +126,18 @@ def test_every_held_out_row_is_evaluated_once(folder: str) -> None:
         assert sorted(names) == [f"{n:04d}" for n in held_out]
 
     asyncio.run(run())
+
+
+def test_a_micro_batch_survives_the_journey_to_a_worker(folder: str) -> None:
+    rows = [RowCache([folder])[number] for number in range(3)]
+    rows.append(Row("k", rows[0].prompt_ids, rows[0].response_ids * 2, np.arange(4, dtype=np.float32), 0.5, {"z": 1.0}))
+    for sent in (MicroBatch(rows, np.ones((4, 4), np.float32), 3), MicroBatch([], None, 1)):
+        came = pickle.loads(pickle.dumps(sent))
+        assert came.num_head_chunks == sent.num_head_chunks and len(came.rows) == len(sent.rows)
+        for ours, theirs in zip(came.rows, sent.rows, strict=True):
+            assert (ours.row_id, ours.weight, ours.columns) == (theirs.row_id, theirs.weight, theirs.columns)
+            np.testing.assert_array_equal(ours.prompt_ids, theirs.prompt_ids)
+            np.testing.assert_array_equal(ours.response_scores, theirs.response_scores)
+            for one, other in zip(ours.response_ids, theirs.response_ids, strict=True):
+                np.testing.assert_array_equal(one, other)
+        assert (came.reference_logps is None) == (sent.reference_logps is None)
