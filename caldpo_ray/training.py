@@ -97,6 +97,8 @@ def build_engine(config: Config, model: ModelSection, device: torch.device, univ
     from caldpo_ray.models import add_lora, load_model
     from caldpo_ray.scoring import ResponseScorer, choose_layout
 
+    # DeepSpeed would compile an all-reduce that only inference calls: it needs a compiler, and seconds of every start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before anything is partitioned: DeepSpeed reads the world size from its own wrapper of the process group.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config(config, dist.get_world_size())

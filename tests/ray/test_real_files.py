@@ -24,8 +24,8 @@ CHATML = (
 FILES = {
     "llama-factory/dpo_en_demo.json.gz": (["data.max_length=2048"], 300, 2),
     "llama-factory/dpo_zh_demo.json.gz": (["data.max_length=2048"], 300, 2),
-    "llms-from-scratch/instruction-data-with-preference.json": ([], 1100, 2),
-    "fine-grained-rlhf/qa_feedback_dev.json.gz": (["data.format=examples.row_functions:fine_grained_rlhf"], 500, 4),
+    "llms-from-scratch/instruction-data-with-preference.json": ([], 1094, 2),
+    "fine-grained-rlhf/qa_feedback_dev.json.gz": (["data.format=examples.row_functions:fine_grained_rlhf"], 488, 4),
 }
 
 

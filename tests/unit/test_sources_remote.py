@@ -112,7 +112,8 @@ def s3() -> Iterator[Any]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         s3fs.S3FileSystem.clear_instance_cache()
         filesystem = s3fs.S3FileSystem()
-        filesystem.mkdir("data")
+        if not filesystem.exists("data"):  # all servers of one process share their buckets
+            filesystem.mkdir("data")
         filesystem.pipe_file("data/train/a.jsonl.gz", gzip.compress(LINES))
         filesystem.pipe_file("data/train/deep/b.parquet", parquet(RECORDS[:10]))
         filesystem.pipe_file("data/train/_SUCCESS", b"")
