@@ -7,7 +7,6 @@ is content-addressed: resumes, other objectives and later runs on the same rows 
 import hashlib
 import inspect
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -26,6 +25,7 @@ from caldpo_ray.config import DataSection, ModelSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
 from caldpo_ray.formats import check_example, get_format, recognise
 from caldpo_ray.models import load_tokenizer
+from caldpo_ray.progress import quiet_data_context
 from caldpo_ray.rows import Part, read_manifest, write_atomically, write_manifest, write_part
 from caldpo_ray.schema import BadRow, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
@@ -137,11 +137,7 @@ def _execute(
     """One Ray Data execution: files in, parts on disk, one small report per part out."""
     import ray.data
 
-    # Importing ray.data sets its log level anew.
-    logging.getLogger("ray.data").setLevel(logging.getLogger("ray").level)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    context = quiet_data_context()
     context.target_max_block_size = BLOCK_BYTES
     placed: dict[str, Any] = {"label_selector": data.label_selector} if data.label_selector else {}
     tickets = [{"number": number, "file": pickle.dumps(file)} for number, file in enumerate(files)]

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one live line, or one plain line now and then where there is no terminal."""
 
+import logging
 import os
 import sys
 import threading
@@ -19,6 +20,17 @@ POLL_SECONDS = 0.5
 def say(message: str) -> None:
     """One line for the person at the terminal or in the job's log."""
     print(message, flush=True)
+
+
+def quiet_data_context() -> Any:
+    """Ray Data's current context, as silent as the rest of Ray was asked to be; importing it sets its log level anew."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.getLogger("ray").level)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return context
 
 
 @dataclass(frozen=True)

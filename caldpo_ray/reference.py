@@ -15,7 +15,7 @@ import numpy.typing as npt
 from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
-from caldpo_ray.progress import this_place
+from caldpo_ray.progress import quiet_data_context, this_place
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
 from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
@@ -206,10 +206,7 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | No
     """One Ray Data execution: row numbers in, through the actor pool, answers out."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    quiet_data_context().execution_options.preserve_order = True
     size = max(ROWS_PER_REQUEST, len(order) // 2000)
     blocks = [order[start : start + size] for start in range(0, len(order), size)]
     settings = job.settings
@@ -224,7 +221,7 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | No
         num_cpus=settings.num_cpus_per_actor,
         num_gpus=settings.num_gpus_per_actor or None,
         label_selector=settings.label_selector,
-        ray_remote_args_fn=lambda: {"max_restarts": MAX_ACTOR_RESTARTS},
+        max_restarts=MAX_ACTOR_RESTARTS,
     )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         raise_told(str(batch["error"][0]))
