@@ -72,7 +72,7 @@ def feed_milliseconds(folder: Path, num_rows: int, batch_size: int) -> dict[str,
         ids = [rng.integers(0, 1000, count, dtype=np.int32) for count in rng.integers(10, 30, 3)]
         return Row(f"{number:016x}", ids[0], ids[1:], np.full(2, np.nan, np.float32))
 
-    rows = folder / f"rows-{num_rows}"
+    rows = folder / f"rows-{num_rows}-{batch_size}"
     rows.mkdir()
     parts = [write_part(rows, [row(n) for n in range(1000)], (0, at)) for at in range(num_rows // 1000)]
     write_manifest(rows, parts, {})
