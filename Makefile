@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 quickstart: install
-	@echo "Quickstart: world -> supervised base -> Cal-DPO and DPO -> figure (about four minutes on two cores)"
+	@echo "Quickstart: world -> supervised base -> Cal-DPO and DPO -> figure (about five minutes on two cores)"
 	@$(BIN)/python examples/quickstart/run.py
 
 test: install
