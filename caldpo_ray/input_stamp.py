@@ -3,13 +3,13 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.models import file_facts
 from caldpo_ray.sources import list_sources
 
 
@@ -22,8 +22,8 @@ def input_stamp(config: Config) -> str:
         version("caldpo-ray"),
         config.model_dump(mode="json"),
         [_listed(source) for source in sources],
-        [list(_files(Path(path))) for path in paths if isinstance(path, str)],
-        [list(_files(path)) for name in functions if (path := _module_file(name)) is not None],
+        [file_facts(Path(path)) for path in paths if isinstance(path, str)],
+        [file_facts(path) for name in functions if (path := _module_file(name)) is not None],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -33,12 +33,6 @@ def _listed(source: str) -> Any:
         return [(file.path, file.fingerprint) for file in list_sources(source)]
     except (InputError, RunError) as error:
         return str(error)
-
-
-def _files(path: Path) -> Iterator[tuple[str, int, int]]:
-    for file in sorted(path.glob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            yield file.name, file.stat().st_size, file.stat().st_mtime_ns
 
 
 def _module_file(name: str) -> Path | None:

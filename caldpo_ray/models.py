@@ -140,13 +140,13 @@ def _remember(found: ResolvedModel, folder: Path, init_dir: Path, cache: Path) -
 
 def _signature(*folders: Path) -> str:
     """Digest of names, sizes and times of change of the files in these folders."""
-    facts = []
-    for folder in folders:
-        files = sorted(path for path in folder.glob("*") if path.is_file())
-        facts.append(
-            [str(folder.absolute()), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)]
-        )
-    return _digest(json.dumps(facts))
+    return _digest(json.dumps([[str(folder.absolute()), *file_facts(folder)] for folder in folders]))
+
+
+def file_facts(path: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of a file, or of the files directly in a folder; nothing where there is none."""
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -140,8 +140,8 @@ class PolicyWorker:
         self.state = self._read_checkpoint()
         stage = self.config.train.deepspeed.zero_stage
         self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
-        self.model = ModelSection.model_validate(settings["model"])
-        self.engine = build_engine(self.config, self.model, self.device, self.universal)
+        self.policy = ModelSection.model_validate(settings["model"])
+        self.engine = build_engine(self.config, self.policy, self.device, self.universal)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
@@ -297,8 +297,8 @@ class PolicyWorker:
             scratch = target.with_name(f".{target.name}.unfinished")
             shutil.rmtree(scratch, ignore_errors=True)
             model.save_pretrained(scratch, state_dict=weights)
-            name = self.model
-            load_tokenizer(name.name_or_path, name.revision, name.trust_remote_code).save_pretrained(scratch)
+            policy = self.policy
+            load_tokenizer(policy.name_or_path, policy.revision, policy.trust_remote_code).save_pretrained(scratch)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
         dist.barrier()

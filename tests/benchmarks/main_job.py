@@ -6,6 +6,7 @@ Prints JSON. Run it on a quiet machine: two policy workers and a reference actor
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -49,7 +50,8 @@ def first_step_and_waits(config: Path, folder: Path, name: str) -> dict[str, flo
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     metrics = folder / "runs" / name / "metrics.jsonl"
     while not metrics.exists() and process.poll() is None:
-        time.sleep(0.02)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.02)
     first = time.time() - started
     if process.wait() != 0:
         raise SystemExit(f"{' '.join(command)} failed")

@@ -129,6 +129,24 @@ def test_options(name: str, config: Path, capsys: pytest.CaptureFixture[str]) ->
     assert expected in run(config, capsys, f"run.name=option-{name.replace(' ', '-')}", *overrides)
 
 
+def test_a_retry_with_nothing_changed_is_refused_until_a_file_changes(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "data.jsonl"
+    command = ["run.name=retry", f"data.train={file}"]
+    assert "no data file there" in run(config, capsys, *command)
+    again = run(config, capsys, *command)
+    assert "no data file there" in again and "neither the config nor a file it names has changed" in again
+    file.write_bytes(b"")
+    assert "holds no rows" in run(config, capsys, *command)
+
+
+def test_a_cluster_that_is_too_small_is_asked_again(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        message = run(config, capsys, "run.name=room", "train.label_selector={zone: x}", SHORT)
+        assert "labelled {'zone': 'x'}" in message and "has changed" not in message
+
+
 def test_another_run_in_the_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(config, capsys, "run.name=taken", "data.train=/nowhere.jsonl")
     message = run(config, capsys, "run.name=taken", "objective.beta=0.2")

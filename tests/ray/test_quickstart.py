@@ -17,7 +17,7 @@ PREFERENCE_RUNS = ("cal_dpo", "dpo", "dpo_beta1")
 
 
 def quickstart(folder: Path, **environment: str) -> str:
-    command = [sys.executable, str(SCRIPT), "train.max_steps=4", "train.num_workers=1"]
+    command = [sys.executable, str(SCRIPT), "train.max_steps=4"]
     done = subprocess.run(
         command, cwd=folder, env={**os.environ, **environment}, text=True, capture_output=True, timeout=900
     )

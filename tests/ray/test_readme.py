@@ -24,7 +24,7 @@ TAKES_OVERRIDES = ("plan", "preview", "train")
     "config", sorted(ROOT.glob("examples/*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
 def test_configs_of_the_examples(config: Path) -> None:
-    load_config(config)
+    assert load_config(config).run.name == config.stem
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
