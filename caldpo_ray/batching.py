@@ -7,6 +7,7 @@ batches are the same for any number of workers; only the cut of a batch into ran
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,7 @@ class MicroBatchPlan:
     num_head_chunks: int
 
 
-PADDING_WORTH_A_MICRO_BATCH = 2048  # tokens: what launching one more forward and backward costs, roughly
+MICRO_BATCH_TOKENS = 2048  # what launching one more forward and backward costs, roughly, in tokens
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in float32
 
 
@@ -77,58 +78,55 @@ def plan_batch(
 ) -> list[list[MicroBatchPlan]]:
     """Cut one global batch into a list of micro-batches per rank.
 
-    `lengths` are padded-sequence costs and `scored` the response tokens of each row, in tokens. Every rank gets the same
-    number of micro-batches and, in each, the same number of LM-head chunks, because collective operations (ZeRO-3 gathers)
-    must meet; a rank short of rows gets empty micro-batches.
+    `lengths` are padded-sequence costs and `scored` the response tokens of each row, in tokens. Rows are sorted by length and
+    cut into groups of nearly equal padded size, which go to the ranks in turn: what ranks run at the same time costs the
+    same, and rows of a group pad each other little. Every rank gets the same number of micro-batches and, in each, the same
+    number of LM-head chunks, because collective operations (ZeRO-3 gathers) must meet; a rank short of rows gets empty
+    micro-batches. A row beyond the budget runs alone.
     """
-    ranks = [_cut(share, lengths, budget_tokens) for share in _balanced_shares(lengths, world_size)]
-    count = max(len(groups) for groups in ranks)
-    ranks = [_split_to(groups, count) for groups in ranks]
-    plans: list[list[MicroBatchPlan]] = [[] for _ in ranks]
-    for groups in zip(*ranks, strict=True):
-        positions = max(sum(scored[place] for place in group) for group in groups)
+    places = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    groups = _cut(places, lengths, world_size, budget_tokens)
+    plans: list[list[MicroBatchPlan]] = [[] for _ in range(world_size)]
+    for start in range(0, len(groups), world_size):
+        together = groups[start : start + world_size]
+        positions = max(sum(scored[place] for place in group) for group in together)
         chunks = max(1, math.ceil(positions / chunk_positions))
-        for plan, group in zip(plans, groups, strict=True):
+        for plan, group in zip(plans, together, strict=True):
             plan.append(MicroBatchPlan(group, chunks))
     return plans
 
 
-def _balanced_shares(lengths: Sequence[int], world_size: int) -> list[list[int]]:
-    """Longest row first to the least loaded rank: loads differ by at most the longest row."""
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    loads = [0] * world_size
-    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
-        rank = loads.index(min(loads))
-        shares[rank].append(place)
-        loads[rank] += lengths[place]
-    return shares
+def _cut(places: list[int], lengths: Sequence[int], world_size: int, budget_tokens: int) -> list[list[int]]:
+    """As many groups for every rank as make a step cheapest: fewer pad more, and each has its own forward and backward."""
+    longest_first = [lengths[place] for place in places]
+    count = max(1, math.ceil(len(_group_sizes(longest_first, budget_tokens)) / world_size))
+    size = _smallest_size(longest_first, count * world_size, budget_tokens)
+    while True:
+        smaller = _smallest_size(longest_first, (count + 1) * world_size, budget_tokens)
+        if (count + 1) * (smaller + MICRO_BATCH_TOKENS) >= count * (size + MICRO_BATCH_TOKENS):
+            break
+        count, size = count + 1, smaller
+    rows = iter(places)
+    groups = [list(islice(rows, size)) for size in _group_sizes(longest_first, size)]
+    return groups + [[] for _ in range(count * world_size - len(groups))]
 
 
-def _cut(places: list[int], lengths: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Groups of rows of similar length whose padded size fits the budget; a row beyond it runs alone.
-
-    `places` come longest first, so the first row of a group decides its padded length. A new group also begins where
-    that spares enough padding to the rows that are left.
-    """
-    groups: list[list[int]] = []
-    for at, place in enumerate(places):
-        widest = lengths[groups[-1][0]] if groups else 0
-        fits = groups and widest * (len(groups[-1]) + 1) <= budget_tokens
-        if fits and (widest - lengths[place]) * (len(places) - at) < PADDING_WORTH_A_MICRO_BATCH:
-            groups[-1].append(place)
+def _smallest_size(longest_first: Sequence[int], num_groups: int, budget_tokens: int) -> int:
+    """The smallest padded size in tokens at which the rows fit into so many groups, as they do within the budget."""
+    low, high = min(longest_first[0] if longest_first else 0, budget_tokens), budget_tokens
+    while low < high:
+        middle = (low + high) // 2
+        if len(_group_sizes(longest_first, middle)) <= num_groups:
+            high = middle
         else:
-            groups.append([place])
-    return groups
+            low = middle + 1
+    return low
 
 
-def _split_to(groups: list[list[int]], count: int) -> list[list[int]]:
-    """Halve the largest group until there are `count`; empty groups fill up when rows run out."""
-    groups = list(groups)
-    while len(groups) < count:
-        largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=None)
-        if largest is None or len(groups[largest]) < 2:
-            groups.append([])
-        else:
-            group = groups[largest]
-            groups[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
-    return groups
+def _group_sizes(longest_first: Sequence[int], padded_tokens: int) -> list[int]:
+    """Rows per group, in order: a group's first row is its longest, and the others are padded to it."""
+    sizes, start = [], 0
+    while start < len(longest_first):
+        sizes.append(max(1, padded_tokens // max(1, longest_first[start])))
+        start += sizes[-1]
+    return sizes

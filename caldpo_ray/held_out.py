@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from caldpo_ray.batching import Indices
-from caldpo_ray.feed import EVAL_BATCH_ROWS, MicroBatch
-from caldpo_ray.metrics import Metrics, calibration_bins, finalise, preference_metrics
+from caldpo_ray.feed import EVAL_BATCH_ROWS
+from caldpo_ray.metrics import Metrics, calibration_bins, finalise, preference_metrics, row_tensors
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Row
@@ -58,11 +58,9 @@ def measure(objective: Objective | None, batch: Batch) -> Metrics:
 
     Without an objective: the log-probs, `nll` of the chosen responses, and as rewards the mean token log-probs.
     """
-    from caldpo_ray.training import tensors
-
     policy = torch.from_numpy(batch.policy)
     reference = None if batch.reference is None else torch.from_numpy(batch.reference)
-    lengths, scores, _, columns = tensors(MicroBatch(batch.rows, batch.reference, 1), policy)
+    lengths, scores, _, columns = row_tensors(batch.rows, policy)
     every_row = torch.ones(len(batch.rows))
     metrics: Metrics = {}
     for loss in [objective] if objective else [get_objective("sft"), get_objective("cpo", beta=1.0)]:

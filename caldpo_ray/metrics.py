@@ -5,18 +5,41 @@ are float64. Units: `rewards/*` are beta·h for objectives with a reference and 
 those without (beta counts as 1 where the objective has none); `logratios/*`, `logps/*`, `calibration/error` are nats.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from caldpo_ray.objectives.pairs import Pairs, all_pairs
 from caldpo_ray.objectives.pairwise import f_dpo_clamped
 from caldpo_ray.objectives.registry import Objective, Output
+from caldpo_ray.schema import Row
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 NUM_BINS = 15  # of the confidence, from 0.5 to 1
+
+
+def row_tensors(rows: Sequence[Row], like: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(lengths [rows, k], scores [rows, k], weights [rows], extra columns [rows]) as the objective takes them."""
+    num_rows, k = like.shape
+    lengths, scores = np.zeros((num_rows, k)), np.full((num_rows, k), np.nan)
+    weights = np.zeros(num_rows)
+    names = sorted({name for row in rows for name in row.columns})
+    columns = {name: np.full(num_rows, np.nan) for name in names}
+    for at, row in enumerate(rows):
+        lengths[at, : len(row.response_ids)] = [len(ids) for ids in row.response_ids]
+        scores[at, : len(row.response_scores)] = row.response_scores
+        weights[at] = row.weight
+        for name, value in row.columns.items():
+            columns[name][at] = value
+
+    def tensor(values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+    return tensor(lengths), tensor(scores), tensor(weights), {name: tensor(values) for name, values in columns.items()}
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def resolve_model(
         _write_once(init_dir, lambda target: _draw_weights(folder, target, seed, trust_remote_code))
         folder = init_dir
     found = ResolvedModel(str(folder.resolve()), None, _digest_folder(folder), *digests)
-    _remember(found, given, init_dir, cache)
+    _remember(found, cache, *([given] if folder == given else [given, init_dir]))
     return found
 
 
@@ -127,15 +127,14 @@ def _digest_folder(folder: Path) -> str:
 
 def recall_model(name_or_path: str, init_dir: Path, cache: Path) -> ResolvedModel | None:
     """What `resolve_model` found for this folder before, if no file has changed since; it loads nothing."""
-    known = _read_json(cache)
-    entry = known.get(_signature(Path(name_or_path), init_dir))
+    known, folder = _read_json(cache), Path(name_or_path)
+    entry = known.get(_signature(folder)) or known.get(_signature(folder, init_dir))
     return None if entry is None else ResolvedModel(**entry)
 
 
-def _remember(found: ResolvedModel, folder: Path, init_dir: Path, cache: Path) -> None:
+def _remember(found: ResolvedModel, cache: Path, *folders: Path) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    known = _read_json(cache) | {_signature(folder, init_dir): asdict(found)}
-    write_atomically(cache, json.dumps(known, indent=1))
+    write_atomically(cache, json.dumps(_read_json(cache) | {_signature(*folders): asdict(found)}, indent=1))
 
 
 def _signature(*folders: Path) -> str:

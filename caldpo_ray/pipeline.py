@@ -4,7 +4,6 @@ Every stage knows its own input; only this module knows their order. `train` ret
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from caldpo_ray.deepspeed_config import read_raw
 from caldpo_ray.errors import InputError, NoRoom, RunError, find_error, last_line
 from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, schedules, split_rows
+from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
@@ -34,8 +34,6 @@ from caldpo_ray.reference import (
 from caldpo_ray.rows import RowCache, write_atomically
 from caldpo_ray.run_dir import RunDir, changed_execution_keys, identity_digest, open_run_dir, read_metrics
 from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
-
-CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
 
 
 @dataclass(frozen=True)
@@ -137,10 +135,7 @@ def connect(verbose: bool) -> None:
 
     import ray
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", CONTROLLER_POLL_SECONDS)
     if not ray.is_initialized():
-        if "RAY_ADDRESS" not in os.environ:  # a cluster of this host alone: nobody drains it under a run
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         level = logging.INFO if verbose else logging.ERROR
         ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
     if not verbose:
@@ -156,7 +151,9 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     weights = cache / "models.json"
     if (recalled := recall_model(name, init, weights)) is not None:
         return recalled
-    task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
+    task = ray.remote(large_imports()(resolve_model)).options(
+        num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector
+    )
     return _get(task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights))  # type: ignore[no-any-return]
 
 
@@ -311,7 +308,8 @@ def _raise_failure(feed: Any) -> None:
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What a worker runs; imported there, so that the driver needs no transformers."""
-    from caldpo_ray.training import train_loop_per_worker
+    with large_imports():
+        from caldpo_ray.training import train_loop_per_worker
 
     train_loop_per_worker(settings)
 

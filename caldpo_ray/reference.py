@@ -15,6 +15,7 @@ import numpy.typing as npt
 from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
+from caldpo_ray.imports import large_imports
 from caldpo_ray.progress import quiet_data_context, this_place
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
@@ -39,6 +40,7 @@ class ReferenceJob:
 class ReferenceScorer:
     """One actor of the pool: the frozen model on its own device, answering with summed log-probs."""
 
+    @large_imports()
     def __init__(self, job: ReferenceJob, folders: list[str], feed: Any | None) -> None:
         import torch
 

@@ -7,6 +7,7 @@ torchrun variables, the process group, the device, the clean end.
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,21 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import (
+    ENABLE_PREEMPTION_WATCHER_ENV_VAR,
+    HEALTH_CHECK_INTERVAL_S_ENV_VAR,
+    get_env_vars_to_propagate,
+)
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from caldpo_ray.imports import large_imports
 
 # The rows come from the feed. The cleaner of placement groups finds "the" cluster by itself and, with two on one host, removes
 # the group of a living run; our controller dies only with its driver, and Ray then frees the group.
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 SHUTDOWN_SECONDS = 30
+CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
 
 
 class PolicyTrainer(DataParallelTrainer):
@@ -33,6 +43,40 @@ class PolicyTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED_CALLBACKS)]
+
+    def _initialize_and_run_controller(self, **of_the_run: Any) -> Any:
+        """As Ray's, with a runtime environment only where the user set variables for it.
+
+        A process with a runtime environment of its own imports Ray twice and cannot be one that Ray started ahead.
+        """
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        variables = get_env_vars_to_propagate()
+        environment = {"runtime_env": {"env_vars": variables}} if variables else {}
+        controller_class = ray.remote(num_cpus=0, label_selector=here, **environment)(Controller)
+        controller = controller_class.remote(_controller_variables(), **of_the_run)
+        if threading.current_thread() is threading.main_thread():
+            self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+class Controller(TrainController):  # type: ignore[misc]
+    """Ray Train's controller, with what it reads from its environment as an argument."""
+
+    def __init__(self, variables: dict[str, str], **of_the_run: Any) -> None:
+        given = {
+            name: os.environ.setdefault(name, value) for name, value in variables.items() if name not in os.environ
+        }
+        super().__init__(**of_the_run)
+        for name in given:  # or every worker would get them in a runtime environment
+            del os.environ[name]
+
+
+def _controller_variables() -> dict[str, str]:
+    variables = {HEALTH_CHECK_INTERVAL_S_ENV_VAR: CONTROLLER_POLL_SECONDS}
+    if "RAY_ADDRESS" not in os.environ:  # a cluster of this host alone: nobody drains it under a run
+        variables[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
+    return variables
 
 
 @dataclass
@@ -70,8 +114,9 @@ def _free_address() -> tuple[str, int]:
 
 def _join(address: str, port: int, backend: str) -> None:
     """On a worker: the variables of torchrun, then the process group."""
-    import torch
-    import torch.distributed as dist
+    with large_imports():
+        import torch
+        import torch.distributed as dist
 
     context = ray.train.get_context()
     os.environ |= {

@@ -28,6 +28,7 @@ from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import load_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
@@ -90,6 +91,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
     del partitioner
 
 
+@large_imports()
 def build_engine(config: Config, model: ModelSection, device: torch.device, universal: bool) -> Any:
     """A DeepSpeed engine whose module is the shared `ResponseScorer`; `universal` if it will load a converted checkpoint."""
     import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
@@ -234,7 +236,7 @@ class PolicyWorker:
         """Weighted row losses [rows], metric sums, and log-ratios [rows, k] of one micro-batch."""
         batch = self.engine.module.batch(micro_batch.rows).to(self.device)
         logps = self.engine(batch, micro_batch.num_head_chunks)
-        lengths, scores, weights, columns = tensors(micro_batch, logps)
+        lengths, scores, weights, columns = metrics.row_tensors(micro_batch.rows, logps)
         reference = None if micro_batch.reference_logps is None else _padded(micro_batch.reference_logps, logps)
         output = self.objective(logps, reference, lengths, response_scores=scores, **columns)
         with torch.no_grad():
@@ -398,26 +400,6 @@ class PolicyWorker:
             return None
         grads = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
-
-
-def tensors(micro_batch: MicroBatch, like: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(lengths [rows, k], scores [rows, k], weights [rows], extra columns [rows]) as the objective takes them."""
-    num_rows, k = like.shape
-    lengths, scores = np.zeros((num_rows, k)), np.full((num_rows, k), np.nan)
-    weights = np.zeros(num_rows)
-    names = sorted({name for row in micro_batch.rows for name in row.columns})
-    columns = {name: np.full(num_rows, np.nan) for name in names}
-    for at, row in enumerate(micro_batch.rows):
-        lengths[at, : len(row.response_ids)] = [len(ids) for ids in row.response_ids]
-        scores[at, : len(row.response_scores)] = row.response_scores
-        weights[at] = row.weight
-        for name, value in row.columns.items():
-            columns[name][at] = value
-
-    def tensor(values: Any) -> Tensor:
-        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
-
-    return tensor(lengths), tensor(scores), tensor(weights), {name: tensor(values) for name, values in columns.items()}
 
 
 def _padded(values: Any, like: Tensor) -> Tensor:

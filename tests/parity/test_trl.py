@@ -29,7 +29,7 @@ from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.schema import Example, Floats, Row
 from caldpo_ray.scoring import ResponseScorer, choose_layout, score_rows
 from caldpo_ray.tokenization import tokenise
-from caldpo_ray.training import learning_rate, make_optimizer, tensors
+from caldpo_ray.training import learning_rate, make_optimizer
 from tests.unit.tiny_models import PAD_ID, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -96,7 +96,7 @@ def accumulate(scorer: ResponseScorer, objective: Objective, parts: list[MicroBa
     for part in parts:
         assert part.reference_logps is not None
         logps = scorer(scorer.batch(part.rows), part.num_head_chunks)
-        lengths, scores, weights, _ = tensors(part, logps)
+        lengths, scores, weights, _ = metrics.row_tensors(part.rows, logps)
         reference = torch.from_numpy(part.reference_logps)
         output = objective(logps, reference, lengths, response_scores=scores)
         ((output.losses * weights).sum() / num_rows).backward()

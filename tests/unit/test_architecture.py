@@ -17,7 +17,7 @@ NAMES = {
 }
 
 LAYERS = [
-    {"errors", "schema", "objective_parameters", "config"},
+    {"errors", "schema", "imports", "objective_parameters", "config"},
     {
         "objectives",
         "logprobs",

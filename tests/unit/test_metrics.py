@@ -2,11 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from caldpo_ray.metrics import calibration_bins, expected_calibration_error, finalise, merge, preference_metrics
+from caldpo_ray.metrics import (
+    calibration_bins,
+    expected_calibration_error,
+    finalise,
+    merge,
+    preference_metrics,
+    row_tensors,
+)
 from caldpo_ray.objectives import get_objective
+from caldpo_ray.schema import Row
 
 # Log-ratios: row 0 (3, -2.5), row 1 (-0.7, -1.9).
 POLICY = torch.tensor([[-42.0, -57.5], [-33.9, -42.9]], dtype=torch.float64)
@@ -231,3 +240,16 @@ def test_float32_batches_are_summed_in_float64():
 
 def test_single_responses_have_no_calibration():
     assert calibration_bins(get_objective("sft"), POLICY, REFERENCE, LENGTHS, None, ONES) == {}
+
+
+def test_rows_of_several_lengths_become_padded_tensors() -> None:
+    def row(k: int, weight: float, columns: dict[str, float]) -> Row:
+        ids = [np.zeros(j + 1, np.int32) for j in range(k)]
+        return Row("r", np.zeros(2, np.int32), ids, np.arange(k, 0, -1, dtype=np.float32), weight, columns)
+
+    rows = [row(2, 1.0, {"z": 3.0}), row(3, 2.0, {})]
+    lengths, scores, weights, columns = row_tensors(rows, torch.zeros(2, 3))
+    assert lengths.tolist() == [[1, 2, 0], [1, 2, 3]]
+    assert scores[0].tolist()[:2] == [2, 1] and scores[0].isnan().tolist() == [False, False, True]
+    assert weights.tolist() == [1.0, 2.0]
+    assert columns["z"][0] == 3.0 and columns["z"][1].isnan()

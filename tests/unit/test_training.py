@@ -1,15 +1,12 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from caldpo_ray.config import TrainSection
 from caldpo_ray.errors import InputError
-from caldpo_ray.feed import MicroBatch
 from caldpo_ray.loggers import open_loggers, scalars
-from caldpo_ray.schema import Row
-from caldpo_ray.training import learning_rate, make_optimizer, tensors
+from caldpo_ray.training import learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize(
@@ -31,19 +28,6 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.1), (3, 0.0)]
     (group,) = make_optimizer(model, TrainSection(optimizer="rmsprop")).param_groups
     assert (len(group["params"]), group["weight_decay"], group["alpha"]) == (4, 0.0, 0.99)
-
-
-def test_rows_of_several_lengths_become_padded_tensors() -> None:
-    def row(k: int, weight: float, columns: dict[str, float]) -> Row:
-        ids = [np.zeros(j + 1, np.int32) for j in range(k)]
-        return Row("r", np.zeros(2, np.int32), ids, np.arange(k, 0, -1, dtype=np.float32), weight, columns)
-
-    rows = [row(2, 1.0, {"z": 3.0}), row(3, 2.0, {})]
-    lengths, scores, weights, columns = tensors(MicroBatch(rows, None, 1), torch.zeros(2, 3))
-    assert lengths.tolist() == [[1, 2, 0], [1, 2, 3]]
-    assert scores[0].tolist()[:2] == [2, 1] and scores[0].isnan().tolist() == [False, False, True]
-    assert weights.tolist() == [1.0, 2.0]
-    assert columns["z"][0] == 3.0 and columns["z"][1].isnan()
 
 
 def test_tensorboard_gets_every_number_under_its_name(tmp_path: Path) -> None:
