@@ -91,6 +91,12 @@ class Progress:
     notes: list[str] = field(default_factory=list)
     reference: ReferenceProgress | None = None
 
+    def raise_failure(self) -> None:
+        """Raise what the run failed with, if it did."""
+        if self.failure is not None:
+            kind, message = self.failure
+            raise (InputError if kind == InputError.__name__ else RunError)(message)
+
 
 class StaleAttempt(RuntimeError):
     """A worker of an older group asked; the run goes on without it."""
@@ -127,17 +133,6 @@ class Feed:
 
     def __init__(self, config: Config, folders: list[str], job: ReferenceJob | None) -> None:
         self._config, self._folders, self._job = config, folders, job
-        self._rows = RowCache(folders)
-        train, held_out = split_rows(self._rows, config.data.eval)
-        self._numbers: dict[SplitName, Indices] = {"train": train, "eval": held_out}
-        self._schedules = schedules(config, len(train), len(held_out))
-        first, lengths = self._rows.first_response[:-1].astype(np.intp), self._rows.response_lengths()
-        self._first_only = config.objective.reads_first_only
-        self._prompt_lengths = self._rows.prompt_lengths()
-        self._counts = np.ones_like(first) if self._first_only else self._rows.response_counts()
-        self._scored_lengths = lengths[first] if self._first_only else np.add.reduceat(lengths, first)
-        self._distinct = distinct_responses(self._rows.digests()).of_response
-        self._logps = None if job is None else np.full(int(self._distinct.max(initial=-1)) + 1, np.nan, np.float32)
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
@@ -145,6 +140,25 @@ class Feed:
         self._error: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
+        try:
+            self._open()
+        except InputError as error:  # told to whoever asks: an actor that dies at its start cannot say why
+            self._progress.failure = (InputError.__name__, str(error))
+
+    def _open(self) -> None:
+        """Rows, their lengths, and room for their log-probs."""
+        self._rows = RowCache(self._folders)
+        train, held_out = split_rows(self._rows, self._config.data.eval)
+        self._numbers: dict[SplitName, Indices] = {"train": train, "eval": held_out}
+        self._schedules = schedules(self._config, len(train), len(held_out))
+        first, lengths = self._rows.first_response[:-1].astype(np.intp), self._rows.response_lengths()
+        self._first_only = self._config.objective.reads_first_only
+        self._prompt_lengths = self._rows.prompt_lengths()
+        self._counts = np.ones_like(first) if self._first_only else self._rows.response_counts()
+        self._scored_lengths = lengths[first] if self._first_only else np.add.reduceat(lengths, first)
+        self._distinct = distinct_responses(self._rows.digests()).of_response
+        num_distinct = int(self._distinct.max(initial=-1)) + 1
+        self._logps = None if self._job is None else np.full(num_distinct, np.nan, np.float32)
 
     async def share(self, request: Request) -> Share:
         """One rank's share of a global batch, as soon as its reference log-probs are known.
@@ -160,7 +174,8 @@ class Feed:
         return Share(micro_batches, len(numbers), waited)
 
     async def start(self) -> None:
-        """Begin filling the log-probs; the second call does nothing."""
+        """Begin filling the log-probs; the second call does nothing. Raises what a worker or the feed itself failed with."""
+        self._progress.raise_failure()
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             if self._job is not None:
@@ -187,8 +202,6 @@ class Feed:
         return self._progress
 
     def _admit(self, attempt: int) -> None:
-        if self._progress.failure is not None:
-            raise RunError(self._progress.failure[1])
         if attempt < self._attempt:
             raise StaleAttempt(f"attempt {attempt} was replaced by attempt {self._attempt}")
         self._attempt = attempt

@@ -12,6 +12,7 @@ from typing import Any
 
 from caldpo_ray.config import LoraSection, ModelSection
 from caldpo_ray.errors import InputError
+from caldpo_ray.imports import large_imports
 from caldpo_ray.rows import write_atomically
 from caldpo_ray.tokenization import check_tokenizer
 
@@ -32,6 +33,7 @@ class ResolvedModel:
     """Digest of its token ids alone."""
 
 
+@large_imports()
 def resolve_model(
     name_or_path: str, revision: str | None, trust_remote_code: bool, init_dir: Path, seed: int, cache: Path
 ) -> ResolvedModel:

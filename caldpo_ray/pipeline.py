@@ -4,6 +4,7 @@ Every stage knows its own input; only this module knows their order. `train` ret
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
 from caldpo_ray.placement import require_placeable
-from caldpo_ray.progress import Place, Watcher, say
+from caldpo_ray.progress import PLAIN_SECONDS, Place, Watcher, say
 from caldpo_ray.reference import (
     ReferenceJob,
     ReferenceProgress,
@@ -151,9 +152,7 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     weights = cache / "models.json"
     if (recalled := recall_model(name, init, weights)) is not None:
         return recalled
-    task = ray.remote(large_imports()(resolve_model)).options(
-        num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector
-    )
+    task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
     return _get(task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights))  # type: ignore[no-any-return]
 
 
@@ -188,8 +187,12 @@ def build_reference(config: Config, verbose: bool = False) -> None:
     assert prepared.job is not None
     progress = ReferenceProgress()
     order = np.arange(prepared.num_train + prepared.num_eval)
+    said = time.monotonic()
     for _ in _translated(reference_logps(prepared.job, prepared.folders, order, progress)):
-        say(f"reference: {progress.joined} joined, {progress.scored} scored of {progress.wanted} distinct responses")
+        if time.monotonic() - said >= PLAIN_SECONDS:
+            say(f"reference: {progress.joined} joined, {progress.scored} scored of {progress.wanted}")
+            said = time.monotonic()
+    say(f"reference: {progress.joined} joined, {progress.scored} scored of {progress.wanted} distinct responses")
     assert prepared.job.store is not None
     say(f"reference: complete in {prepared.job.store.folder}")
 
@@ -289,21 +292,12 @@ def fit(prepared: Prepared) -> None:
         try:
             trainer.fit()
         except Exception as error:
-            _raise_failure(feed)
+            ray.get(feed.progress.remote()).raise_failure()
             raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
-    _raise_failure(feed)
-    write_manifest(prepared, ray.get(feed.progress.remote()).places.values())
+    progress = ray.get(feed.progress.remote())
+    progress.raise_failure()
+    write_manifest(prepared, progress.places.values())
     ray.kill(feed)
-
-
-def _raise_failure(feed: Any) -> None:
-    """What a worker said before it stopped for good."""
-    import ray
-
-    failure = ray.get(feed.progress.remote()).failure
-    if failure is not None:
-        kind, message = failure
-        raise (InputError if kind == InputError.__name__ else RunError)(message)
 
 
 def train_loop(settings: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ every new value. The reference never sees policy weights and training never hold
 """
 
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,10 +52,10 @@ class ReferenceScorer:
         if feed is not None:
             feed.place.remote(this_place("reference actor"))
         self._told = ""
-        self._rows = RowCache(folders)
         self._batch_tokens = job.settings.batch_tokens
         device = torch.device("cuda" if job.settings.num_gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
         try:
+            self._rows = RowCache(folders)
             model = load_model(job.model, job.dtype).to(device)
         except InputError as error:
             self._told = tell(error)
@@ -207,6 +208,7 @@ def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np
 def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None) -> Iterator[tuple[Indices, Floats]]:
     """One Ray Data execution: row numbers in, through the actor pool, answers out."""
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     quiet_data_context().execution_options.preserve_order = True
     size = max(ROWS_PER_REQUEST, len(order) // 2000)
@@ -215,16 +217,17 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | No
     low, high = (
         settings.num_actors if isinstance(settings.num_actors, tuple) else (settings.num_actors, settings.num_actors)
     )
-    answers = ray.data.from_numpy(blocks).map_batches(
-        ReferenceScorer,
-        fn_constructor_args=(job, folders, feed),
-        batch_size=ROWS_PER_REQUEST,
-        compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
-        num_cpus=settings.num_cpus_per_actor,
-        num_gpus=settings.num_gpus_per_actor or None,
-        label_selector=settings.label_selector,
-        max_restarts=MAX_ACTOR_RESTARTS,
-    )
+    with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
+        answers = ray.data.from_numpy(blocks).map_batches(
+            ReferenceScorer,
+            fn_constructor_args=(job, folders, feed),
+            batch_size=ROWS_PER_REQUEST,
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+            num_cpus=settings.num_cpus_per_actor,
+            num_gpus=settings.num_gpus_per_actor or None,
+            label_selector=settings.label_selector,
+            max_restarts=MAX_ACTOR_RESTARTS,  # has no named parameter yet, and Ray Data's default is for ever
+        )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         raise_told(str(batch["error"][0]))
         yield batch["response"], batch["logp"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.errors import RunError
+from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.feed import Feed, MicroBatch, Request, Share, SplitName, StaleAttempt, split_rows
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
@@ -78,6 +78,17 @@ def test_workers_of_an_older_group_are_turned_away(folder: str) -> None:
         with pytest.raises(StaleAttempt):
             await feed.share(request(0, 1, 2, attempt=4))
         await feed.share(request(0, 0, 2, attempt=6))
+
+    asyncio.run(run())
+
+
+def test_a_node_that_does_not_see_the_rows_says_so(folder: str) -> None:
+    async def run() -> None:
+        feed = Feed(config(folder), [f"{folder}-elsewhere"], None)
+        with pytest.raises(InputError, match=r"rows-elsewhere: manifest\.json cannot be read"):
+            await feed.share(request(0, 0, 2))
+        with pytest.raises(InputError, match="rows-elsewhere"):
+            (await feed.progress()).raise_failure()
 
     asyncio.run(run())
 
