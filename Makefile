@@ -19,12 +19,13 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 quickstart: install
-	@echo "Quickstart: world -> supervised base -> Cal-DPO and DPO -> figure (about five minutes on two cores)"
+	@echo "Quickstart: world -> supervised base -> Cal-DPO and DPO -> figure (about four minutes on two cores)"
 	@$(BIN)/python examples/quickstart/run.py
 
 test: install
-	@echo "Tests: unit tests first, then tests on one local Ray cluster"
-	@$(BIN)/python -m pytest tests/unit tests/parity tests/ray
+	@echo "Tests: unit tests on all cores first, then tests on one local Ray cluster"
+	@$(BIN)/python -m pytest --numprocesses auto tests/unit tests/parity
+	@$(BIN)/python -m pytest tests/ray
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

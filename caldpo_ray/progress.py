@@ -120,7 +120,7 @@ class Watcher:
         try:
             progress = ray.get(self._feed.progress.remote(), timeout=5)
         except RayError:
-            return "the feed is starting again"
+            return "waiting for the feed"
         if progress.started and not self._placed:
             self._news.append(describe_places(progress.places.values()))
             self._placed = True
