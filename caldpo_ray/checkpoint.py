@@ -31,6 +31,7 @@ class TrainerState:
     rows: int
     identity: str
     reference_key: str | None
+    rows_digest: str
     world_size: int
     zero_stage: int
     best_metric: float | None
@@ -49,13 +50,14 @@ def read_state(folder: Path) -> TrainerState:
         return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise RunError(
-            f"checkpoint {folder}: {STATE_FILE} cannot be read ({error}); delete this checkpoint to use the one before"
+            f"checkpoint {folder}: {STATE_FILE} cannot be read ({error}); choose another run.name, or remove the folder"
+            f" {folder.parent} to start this run over"
         ) from None
 
 
 def needs_universal(state: TrainerState, world_size: int, zero_stage: int) -> bool:
     """Stage 0 keeps whole states on every rank; partitioned states fit only their own number of workers and stage."""
-    return (state.world_size, state.zero_stage) != (world_size, zero_stage) and (state.zero_stage > 0 or zero_stage > 0)
+    return (state.world_size, state.zero_stage) != (world_size, zero_stage) and zero_stage > 0
 
 
 def load(engine: Any, folder: Path, scratch: Path | None) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from caldpo_ray.errors import InputError
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
@@ -86,6 +95,23 @@ class ReferenceSection(Section):
     batch_tokens: Annotated[PositiveInt, EXECUTION] = 16384
     label_selector: Annotated[dict[str, str] | None, EXECUTION] = None
 
+    @field_validator("revision")
+    @classmethod
+    def _revision_is_of_another_model(cls, revision: str | None, others: ValidationInfo) -> str | None:
+        if revision is not None and others.data.get("name_or_path", "") is None:
+            raise ValueError(
+                "names a revision of another reference, and reference.name_or_path is not given; the policy's own is"
+                " model.revision"
+            )
+        return revision
+
+    @field_validator("num_actors")
+    @classmethod
+    def _range_goes_up(cls, num_actors: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(num_actors, tuple) and num_actors[0] > num_actors[1]:
+            raise ValueError("a range is [lowest, highest]; swap the two numbers")
+        return num_actors
+
 
 class DeepSpeedSection(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], EXECUTION] = 1
@@ -93,6 +119,20 @@ class DeepSpeedSection(Section):
     offload_param: Annotated[bool, EXECUTION] = False
     config: Annotated[dict[str, Any] | str | None, EXECUTION] = None
     """Raw DeepSpeed JSON (a mapping or a file), merged; a key that contradicts this config is refused."""
+
+    @field_validator("offload_optimizer")
+    @classmethod
+    def _offloads_a_partitioned_optimizer(cls, offload: bool, others: ValidationInfo) -> bool:
+        if offload and others.data.get("zero_stage") == 0:
+            raise ValueError("needs zero_stage 1, 2 or 3: stage 0 has no partitioned optimizer")
+        return offload
+
+    @field_validator("offload_param")
+    @classmethod
+    def _offloads_partitioned_parameters(cls, offload: bool, others: ValidationInfo) -> bool:
+        if offload and others.data.get("zero_stage", 3) != 3:
+            raise ValueError("needs zero_stage 3: only stage 3 partitions parameters")
+        return offload
 
 
 class TrainSection(Section):
@@ -123,8 +163,18 @@ class TrainSection(Section):
     """Decides `best/`; default: rewards/accuracies, or loss where the objective compares nothing."""
     max_failures: Annotated[int, Field(ge=0), EXECUTION] = 3
     placement_timeout_seconds: Annotated[float, Field(gt=0), EXECUTION] = 120.0
-    """How long workers and reference actors may wait for resources before the run stops and names what is missing."""
+    """How long data tasks, workers and reference actors may wait for resources before the run stops and names what is missing."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
+
+    @field_validator("batch_size")
+    @classmethod
+    def _batch_feeds_every_worker(cls, batch_size: int, others: ValidationInfo) -> int:
+        num_workers = others.data.get("num_workers", 1)
+        if batch_size < num_workers:
+            raise ValueError(
+                f"smaller than train.num_workers = {num_workers}: every worker needs a row; raise it or lower that"
+            )
+        return batch_size
 
 
 class Config(Section):
@@ -148,15 +198,11 @@ class Config(Section):
                 values = {**values, "reference": {**reference, "store": f"{folder}/.cache/reference"}}
         return values
 
-    @field_validator("train")
-    @classmethod
-    def _batch_feeds_every_worker(cls, train: TrainSection) -> TrainSection:
-        if train.batch_size < train.num_workers:
-            raise ValueError(
-                f"batch_size {train.batch_size} is smaller than num_workers {train.num_workers}: every worker needs a row;"
-                " raise train.batch_size or lower train.num_workers"
-            )
-        return train
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "Config":
+        if rule := _broken_between_sections(self.model.dtype, self.train.deepspeed.zero_stage):
+            raise ValueError(rule)
+        return self
 
     @property
     def best_metric(self) -> str:
@@ -167,15 +213,6 @@ class Config(Section):
     def best_is_smallest(self) -> bool:
         """Losses, errors and their kind are better when smaller."""
         return self.best_metric.startswith(("loss", "nll", "calibration/", "objective/"))
-
-    @model_validator(mode="after")
-    def _bf16_needs_a_partitioned_optimizer(self) -> "Config":
-        if self.model.dtype == "bfloat16" and self.train.deepspeed.zero_stage == 0:
-            raise ValueError(
-                "train.deepspeed.zero_stage = 0 with model.dtype = bfloat16: DeepSpeed then takes one hidden Adam step with zero"
-                " gradients, so every update differs; use zero_stage 1 (same memory at one worker) or dtype float32"
-            )
-        return self
 
     @property
     def run_dir(self) -> str:
@@ -192,6 +229,15 @@ class Config(Section):
     def items(self) -> Iterator[tuple[str, Any, bool]]:
         """(dotted key, plain value, is it an execution key) of every option."""
         yield from _walk(self, "")
+
+
+def _broken_between_sections(dtype: Any, zero_stage: Any) -> str | None:
+    if dtype == "bfloat16" and zero_stage == 0:
+        return (
+            "train.deepspeed.zero_stage = 0 with model.dtype = bfloat16: DeepSpeed then takes one hidden Adam step with zero"
+            " gradients, so every update differs; use zero_stage 1 (same memory at one worker) or dtype float32"
+        )
+    return None
 
 
 def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, bool]]:
@@ -267,6 +313,9 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
         config = Config.model_validate(values)
     except ValidationError as error:
         mistakes += [_explain(item) for item in error.errors()]
+        # pydantic asks what holds between sections only once each section is right.
+        between = _broken_between_sections(_get(values, "model.dtype"), _get(values, "train.deepspeed.zero_stage"))
+        mistakes += [between] if between and between not in mistakes else []
     if mistakes:
         raise InputError(
             f"config {file}: {len(mistakes)} mistake{'s' * (len(mistakes) > 1)}\n"
@@ -325,6 +374,12 @@ def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
             inner = values[name] = {}
         values = inner
     values[last] = _number(value)
+
+
+def _get(values: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
 
 
 def _put_default(values: dict[str, Any], dotted: str, value: Any) -> None:

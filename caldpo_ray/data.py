@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from caldpo_ray.config import DataSection, ModelSection
-from caldpo_ray.errors import InputError, RunError, raise_told, tell
+from caldpo_ray.errors import InputError, RunError, find_error, last_line, raise_told, tell
 from caldpo_ray.formats import check_example, get_format, recognise
 from caldpo_ray.models import load_tokenizer
 from caldpo_ray.progress import quiet_data_context
@@ -152,10 +152,13 @@ def _execute(
             **placed,
         )
     )
-    for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
-        for report in map(json.loads, batch["report"]):
-            raise_told(report["error"])
-            yield report
+    try:
+        for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
+            for report in map(json.loads, batch["report"]):
+                raise_told(report["error"])
+                yield report
+    except Exception as error:
+        raise find_error(error) or RunError(f"the data stage stopped: {last_line(error)}") from error
 
 
 def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:

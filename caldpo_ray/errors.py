@@ -11,12 +11,18 @@ class InputError(ValueError):
     """
 
 
-class NoRoom(InputError):
-    """The cluster lacks what the run asks for. Unlike other wrong input it may be cured without touching the config."""
+class NotReady(InputError):
+    """The cluster, a package, the network or a store lacks what the run asks for.
+
+    Unlike other wrong input it may be cured without touching the config or a file that it names: a retry is not refused.
+    """
 
 
 class RunError(RuntimeError):
     """The run failed on its way; what it saved is kept and the same command resumes it. Exit code 3."""
+
+
+KINDS = (NotReady, InputError, RunError)  # the more special first
 
 
 def find_error(error: BaseException | None) -> InputError | RunError | None:
@@ -42,11 +48,11 @@ def last_line(error: BaseException) -> str:
 
 def tell(error: InputError | RunError) -> str:
     """Our error as text, for places where Ray Data would bury the exception (a task that raises loses its cause)."""
-    return f"{'InputError' if isinstance(error, InputError) else 'RunError'}: {error}"
+    return f"{next(kind.__name__ for kind in KINDS if isinstance(error, kind))}: {error}"
 
 
 def raise_told(told: str) -> None:
     """Raise what `tell` wrote; an empty text is no error."""
-    kind, _, message = told.partition(": ")
-    if kind:
-        raise (InputError if kind == "InputError" else RunError)(message)
+    name, _, message = told.partition(": ")
+    if name:
+        raise {kind.__name__: kind for kind in KINDS}[name](message)

@@ -75,7 +75,7 @@ def evaluate(
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
     connect(verbose)
-    require_placeable(_without_workers(config), True)
+    require_placeable(config, True, needs_workers=False)
     source, folder, numbers = _held_out(subject, policy)
     on_world = any(is_world(Path(name).parent) for name in (source, config.data.train))
     sampling = _start_sampling(policy, frozen, num_samples, config.run.seed) if on_world else None
@@ -234,12 +234,6 @@ def _resolve_reference(weights: Weights, policy: ResolvedModel, subject: Subject
     return frozen
 
 
-def _without_workers(config: Config) -> Config:
-    """The pool alone needs a place here."""
-    nothing = {"num_workers": 1, "num_cpus_per_worker": 0.0, "use_gpu": False, "label_selector": None}
-    return config.model_copy(update={"train": config.train.model_copy(update=nothing)})
-
-
 def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indices]:
     """(source, row cache, numbers of the held-out rows in it)."""
     config, held_out = subject.config, subject.config.data.eval
@@ -261,7 +255,7 @@ def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indice
 
 def _job(config: Config, model: ResolvedModel, dtype: str, store: ReferenceStore | None) -> ReferenceJob:
     section = reference_model(config.model, config.reference, model.path, model.revision)
-    return ReferenceJob(section, dtype, config.reference, store)
+    return ReferenceJob(section, store_key(model.weights, dtype), dtype, config.reference, store)
 
 
 def _reference_job(subject: Subject, frozen: ResolvedModel) -> ReferenceJob:

@@ -5,9 +5,11 @@ outlive a restart of the policy group. Rows themselves stay memory-mapped on dis
 """
 
 import asyncio
+import hashlib
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -117,6 +119,12 @@ def split_rows(rows: RowCache, eval_source: str | float | None) -> tuple[Indices
     return numbers[~held_out], numbers[held_out]
 
 
+def count_split(folder: Path, fraction: float) -> tuple[int, int]:
+    """(training rows, held-out rows) of a source of which a fraction is held out."""
+    train, held_out = split_rows(RowCache([folder]), fraction)
+    return len(train), len(held_out)
+
+
 def schedules(config: Config, num_train: int, num_eval: int) -> dict[SplitName, Schedule]:
     """The order of global batches of each split; evaluation reads its rows in their own order."""
     train = config.train
@@ -131,13 +139,14 @@ def schedules(config: Config, num_train: int, num_eval: int) -> dict[SplitName, 
 class Feed:
     """Ray actor (0 CPUs). Restarting it is harmless: every answer is a function of the request, the rows and the store."""
 
-    def __init__(self, config: Config, folders: list[str], job: ReferenceJob | None) -> None:
-        self._config, self._folders, self._job = config, folders, job
+    def __init__(self, config: Config, folders: list[str], job: ReferenceJob | None, first_step: int = 0) -> None:
+        self._config, self._folders, self._job, self._first_step = config, folders, job, first_step
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
         self._progress = Progress(reference=None if job is None else ReferenceProgress())
         self._error: Exception | None = None
+        self._filled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
         try:
@@ -184,7 +193,12 @@ class Feed:
     async def reference_complete(self) -> None:
         """Return when every log-prob is known and the pool has handed back its devices."""
         await self.start()
-        await self._until_known(np.concatenate([self._numbers["train"], self._numbers["eval"]]))
+        await self._until_known(self._reference_order())
+
+    async def rows_digest(self) -> str:
+        """What the rows are and in which order, whatever file they came from."""
+        await self.start()
+        return hashlib.sha256(self._rows.digests().tobytes()).hexdigest()[:16]
 
     async def place(self, place: Place) -> None:
         """A policy worker or reference actor says where it is; a rank that was started again takes its place over."""
@@ -229,15 +243,18 @@ class Feed:
         return self._plans[key]
 
     def _micro_batch(self, numbers: Indices, plan: MicroBatchPlan) -> MicroBatch:
-        chosen = [int(numbers[place]) for place in plan.places]
+        # A rank without rows runs one that weighs nothing: it must meet the others in every collective operation.
+        chosen = [int(numbers[place]) for place in plan.places] or [int(numbers[0])]
         rows = [self._rows[number] for number in chosen]
+        if not plan.places:
+            rows = [replace(row, weight=0.0) for row in rows]
         if self._first_only:
             rows = [
                 replace(row, response_ids=row.response_ids[:1], response_scores=row.response_scores[:1]) for row in rows
             ]
         if self._logps is None:
             return MicroBatch(rows, None, plan.num_head_chunks)
-        logps = np.zeros((len(rows), max((len(row.response_ids) for row in rows), default=0)), np.float32)
+        logps = np.zeros((len(rows), max(len(row.response_ids) for row in rows)), np.float32)
         for at, number in enumerate(chosen):
             first, last = self._rows.first_response[number], self._rows.first_response[number + 1]
             logps[at, : last - first] = self._logps[self._distinct[first:last]]
@@ -251,6 +268,8 @@ class Feed:
                 raise self._error
             if self._logps is None or not self._unknown(numbers):
                 return time.monotonic() - started
+            if self._filled:
+                raise RunError("the reference stage ended without a log-prob that training needs; start the run again")
             await self._news.wait()
 
     def _unknown(self, numbers: Indices) -> bool:
@@ -270,6 +289,8 @@ class Feed:
             ):
                 self._logps[numbers] = logps
                 self._announce()
+            self._filled = True
+            self._announce()
         except Exception as error:
             # Whatever stops the reference stops the run: every waiting worker gets the reason.
             self._error = (
@@ -280,10 +301,14 @@ class Feed:
             self._announce()
 
     def _reference_order(self) -> Indices:
-        """First occurrences only, in training order; held-out rows where the first evaluation needs them."""
+        """Rows of one epoch from the first step on, those of earlier steps only as far as a later epoch needs them.
+
+        Held-out rows come where the first evaluation needs them.
+        """
         schedule, train = self._schedules["train"], self._numbers["train"]
-        needed = min(schedule.num_steps, schedule.steps_per_epoch) * schedule.batch_size
-        order = train[schedule.order(0)[:needed]]
+        epoch, place = schedule.position(self._first_step)
+        needed = schedule.rows_consumed(schedule.num_steps) - schedule.rows_consumed(self._first_step)
+        order = train[np.roll(schedule.order(epoch), -place)[:needed]]
         every = self._config.train.eval_every
         before = len(order) if every is None else min(len(order), every * schedule.batch_size)
         return np.concatenate([order[:before], self._numbers["eval"], order[before:]])

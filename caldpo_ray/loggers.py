@@ -5,30 +5,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.errors import InputError, last_line
+from caldpo_ray.errors import NotReady, last_line
 
 Line = dict[str, Any]
 Logger = Callable[[int, dict[str, float]], None]
 
 
 def open_loggers(names: Sequence[str], run_dir: Path, config: dict[str, Any], identity: str) -> list[Logger]:
-    """One function per logger, each taking (step, values). Raises InputError naming the one that cannot start."""
+    """One function per logger, each taking (step, values). Raises NotReady naming the one that cannot start."""
     opened = []
     for name in names:
         try:
             opened.append(LOGGERS[name](run_dir, config, identity))
         except Exception as error:  # a server that is away, a missing key: each package has its own errors
-            raise InputError(
+            raise NotReady(
                 f"loggers: {name} cannot start ({last_line(error)}); mend that, or remove it from loggers"
             ) from error
     return opened
 
 
 def require_installed(names: Sequence[str]) -> None:
-    """Raises InputError naming the first logger whose package is missing; asked before anything starts."""
+    """Raises NotReady naming the first logger whose package is missing; asked before anything starts."""
     for name in names:
         if find_spec(name) is None:
-            raise InputError(f"loggers: {name} is not installed; pip install 'caldpo-ray[{name}]'")
+            raise NotReady(f"loggers: {name} is not installed; pip install 'caldpo-ray[{name}]'")
 
 
 def scalars(line: Line) -> dict[str, float]:

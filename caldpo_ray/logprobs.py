@@ -34,6 +34,7 @@ class TokenBatch:
     target: Tensor  # [N] id of the token
     slot: Tensor  # [N] row * K + response index
     shape: tuple[int, int]  # rows, K = the most responses of any row
+    num_tokens: int  # of all sequences, without padding
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
@@ -150,4 +151,5 @@ def _lay_out(sequences: Sequences, first_slot: np.ndarray, shape: tuple[int, int
         target=torch.from_numpy(input_ids[row, column]),
         slot=torch.from_numpy(first_slot[row] + segment[piece] - 1),
         shape=shape,
+        num_tokens=int(length.sum()),
     )

@@ -51,20 +51,31 @@ def preference_metrics(
     lengths: Tensor,
     response_scores: Tensor | None,
     row_weights: Tensor,
+    loss_weights: Tensor | None = None,
 ) -> Metrics:
     """{name: (sum, count)} of one batch; inputs as the objective's, [rows, k], and `row_weights` [rows].
 
+    `loss_weights` [rows] multiply the loss and its terms, as in training, without counting as more rows.
     Reference-free objectives have no `logratios/*`; objectives on single responses have only `loss`, their terms,
     `logps/chosen` and `nll` (per token, over all tokens). Rows without any pair count in `loss` alone.
     """
     rows = {"loss": output.losses, **{f"objective/{term}": values for term, values in output.terms.items()}}
-    metrics = {name: _weighted(values, row_weights) for name, values in rows.items()}
+    factors = torch.ones_like(row_weights) if loss_weights is None else loss_weights
+    metrics = {name: _weighted(values * factors, row_weights) for name, values in rows.items()}
     if objective.min_responses == 1:
         return metrics | _single_metrics(policy_logps[:, 0], lengths[:, 0], row_weights)
     pairs = all_pairs(lengths, response_scores)
     weights = pairs.weights(row_weights)
     values = _pair_values(objective, pairs, policy_logps, reference_logps, lengths)
     return metrics | {name: _weighted(value, weights) for name, value in values.items()}
+
+
+@torch.no_grad()
+def num_compared(objective: Objective, lengths: Tensor, response_scores: Tensor | None, row_weights: Tensor) -> Tensor:
+    """[] How many pairs (rows, for objectives on single responses) count in this batch: those of rows that weigh anything."""
+    if objective.min_responses == 1:
+        return (row_weights > 0).sum()
+    return all_pairs(lengths, response_scores).valid[row_weights > 0].sum()
 
 
 @torch.no_grad()

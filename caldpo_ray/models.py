@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from caldpo_ray.config import LoraSection, ModelSection
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady, last_line
 from caldpo_ray.imports import large_imports
 from caldpo_ray.rows import write_atomically
 from caldpo_ray.tokenization import check_tokenizer
@@ -39,8 +39,8 @@ def resolve_model(
 ) -> ResolvedModel:
     """Find a model's weights, drawing or merging them into `init_dir` where the folder has none of its own.
 
-    Raises InputError for a folder without config, an unknown hub id, an unreadable file, or a tokenizer that is missing or
-    has no EOS.
+    Raises InputError for a folder without config, an unreadable file, or a tokenizer that is missing or has no EOS, and
+    NotReady for a hub that cannot be reached or does not give the model out.
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
@@ -92,12 +92,12 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
             f"model.name_or_path {name}: neither a folder nor a hub id of the form organisation/name"
         ) from None
     except HfHubHTTPError as error:
-        raise InputError(f"model.name_or_path {name}: the hub has no such model or refuses access: {error}") from None
-    except OSError as error:
+        raise NotReady(f"model.name_or_path {name}: the hub has no such model or refuses access: {error}") from None
+    except Exception as error:  # no network: the exception is that of the HTTP library this hub client happens to use
         commit = _cached_commit(name, revision)
         if commit is None:
-            reason = type(error).__name__
-            raise InputError(
+            reason = f"{type(error).__name__}: {last_line(error)}"
+            raise NotReady(
                 f"model.name_or_path {name}: no such folder here, and the hub cannot be reached ({reason}); give a local folder"
             ) from None
     return str(commit) if commit is not None else None
@@ -183,20 +183,25 @@ def _merge_adapter(folder: Path, target: Path, trust_remote_code: bool) -> None:
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder or hub id. Raises InputError when there is none."""
+    """The tokenizer of a model folder or hub id. Raises InputError when there is none (NotReady: the hub has none)."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(
+        raise _model_error(path)(
             f"model.name_or_path {path}: no usable tokenizer ({reason}); save one beside the model"
         ) from None
 
 
+def _model_error(path: str) -> type[InputError]:
+    """A folder stays broken until somebody mends it; what the hub does not give out now it may give out later."""
+    return InputError if Path(path).is_dir() else NotReady
+
+
 def load_model(model: ModelSection, dtype: str) -> Any:
-    """The causal LM in eval mode with dropout off, LoRA not applied. Raises InputError naming what is broken."""
+    """The causal LM in eval mode with dropout off, LoRA not applied. Raises InputError or NotReady naming what is broken."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -209,7 +214,7 @@ def load_model(model: ModelSection, dtype: str) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(model.name_or_path, revision=model.revision, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(
+        raise _model_error(model.name_or_path)(
             f"model.name_or_path {model.name_or_path}: cannot be loaded as a causal language model: {reason}"
         ) from None
     loaded.config.use_cache = False

@@ -4,6 +4,7 @@ Every stage knows its own input; only this module knows their order. `train` ret
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,16 +14,17 @@ from typing import Any
 import numpy as np
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.data import TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
-from caldpo_ray.deepspeed_config import read_raw
-from caldpo_ray.errors import InputError, NoRoom, RunError, find_error, last_line
+from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
+from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
+from caldpo_ray.errors import InputError, NotReady, RunError, find_error, last_line
 from caldpo_ray.export import write_model_manifest
-from caldpo_ray.feed import Feed, schedules, split_rows
+from caldpo_ray.feed import Feed, count_split, schedules
 from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
+from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, Place, Watcher, say
 from caldpo_ray.reference import (
@@ -33,7 +35,15 @@ from caldpo_ray.reference import (
     reference_model,
 )
 from caldpo_ray.rows import RowCache, write_atomically
-from caldpo_ray.run_dir import RunDir, changed_execution_keys, identity_digest, open_run_dir, read_metrics
+from caldpo_ray.run_dir import (
+    RunDir,
+    changed_execution_keys,
+    identity_digest,
+    open_run_dir,
+    read_metrics,
+    require_lasting_folders,
+    require_writable,
+)
 from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
 
 
@@ -47,7 +57,6 @@ class Prepared:
     frozen: ResolvedModel | None
     """The reference model, where the objective has one."""
     job: ReferenceJob | None
-    reference_key: str | None
     facts: list[RowCacheFacts]
     num_train: int
     num_eval: int
@@ -85,9 +94,12 @@ def train(
         run.write_status("interrupted", 130, "stopped by the user; the same command resumes it", identity)
         raise
     except (InputError, RunError) as error:
-        lasting = isinstance(error, InputError) and not isinstance(error, NoRoom)
+        lasting = isinstance(error, InputError) and not isinstance(error, NotReady)
         code, stamp = (2 if isinstance(error, InputError) else 3), (input_stamp(config) if lasting else None)
         run.write_status("failed", code, str(error), identity, stamp)
+        raise
+    except Exception as error:
+        run.write_status("failed", 1, last_line(error), identity)
         raise
     run.write_status("complete", 0, "", identity)
     return run
@@ -102,11 +114,13 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
         )
 
 
-def prepare(config: Config, run: RunDir) -> Prepared:
-    """Models resolved, rows tokenised, store opened, resources checked."""
+def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
+    """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
     require_installed(config.loggers)
-    read_raw(config)
+    require_findable(config.objective.name)
+    deepspeed_config(config, config.train.num_workers)
     objective = config.objective
+    require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
     say(f"{objective.name}: loss = {objective.formula}")
     cache = Path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
@@ -121,13 +135,23 @@ def prepare(config: Config, run: RunDir) -> Prepared:
     for source, fact in zip(sources, facts, strict=True):
         reused = ", tokenised earlier" if fact.reused else ""
         say(f"data: {fact.num_rows} rows from {source} ({fact.num_bad} bad, {fact.num_truncated} prompts cut{reused})")
-    train_rows, eval_rows = split_rows(RowCache([fact.folder for fact in facts]), config.data.eval)
-    if not len(train_rows):
-        raise InputError(f"data.eval = {config.data.eval}: holds out every row; lower it")
+    num_train, num_eval = _count_rows(config, facts)
     frozen = _resolve_reference(config, run, policy, cache) if objective.needs_reference else None
     job = None if frozen is None else _reference_job(config, frozen)
-    key = job.store.folder.name if job is not None and job.store is not None else None
-    return Prepared(config, run, policy, frozen, job, key, facts, len(train_rows), len(eval_rows))
+    return Prepared(config, run, policy, frozen, job, facts, num_train, num_eval)
+
+
+def _count_rows(config: Config, facts: list[RowCacheFacts]) -> tuple[int, int]:
+    """(training rows, held-out rows). A fraction is split by content, in a task: the driver holds nothing per row."""
+    if not isinstance(config.data.eval, float):
+        return facts[0].num_rows, sum(fact.num_rows for fact in facts[1:])
+    import ray
+
+    task = ray.remote(count_split).options(num_cpus=READ_CPUS, label_selector=config.data.label_selector)
+    num_train, num_eval = _get(task.remote(facts[0].folder, config.data.eval))
+    if not num_train:
+        raise InputError(f"data.eval = {config.data.eval}: holds out every row; lower it")
+    return num_train, num_eval
 
 
 def connect(verbose: bool) -> None:
@@ -138,7 +162,13 @@ def connect(verbose: bool) -> None:
 
     if not ray.is_initialized():
         level = logging.INFO if verbose else logging.ERROR
-        ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
+        try:
+            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
+        except (ConnectionError, RuntimeError) as error:
+            where = os.environ.get("RAY_ADDRESS", "a local cluster")
+            raise NotReady(
+                f"Ray: {where} cannot be used ({last_line(error)}); check RAY_ADDRESS, or unset it"
+            ) from None
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -173,12 +203,11 @@ def _resolve_reference(config: Config, run: RunDir, policy: ResolvedModel, cache
 def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
     settings, model = config.reference, config.model
     dtype = settings.dtype or model.dtype
-    store = None
+    key, store = store_key(frozen.weights, dtype), None
     if settings.store is not None:
-        key = store_key(frozen.weights, dtype)
         facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.weights, "dtype": dtype}
         store = ReferenceStore.create(Path(settings.store).absolute(), key, facts)
-    return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), dtype, settings, store)
+    return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), key, dtype, settings, store)
 
 
 def build_reference(config: Config, verbose: bool = False) -> None:
@@ -233,8 +262,10 @@ def _prepare_reference(config: Config, verbose: bool) -> Prepared:
         raise InputError(f"objective.name = {config.objective.name}: needs no reference")
     if config.reference.store is None:
         raise InputError("reference.store is null: there is no store to fill or verify; give a folder")
+    require_lasting_folders(config)
+    require_writable(config)
     connect(verbose)
-    return prepare(config, RunDir(Path(config.run_dir).absolute()))
+    return prepare(config, RunDir(Path(config.run_dir).absolute()), needs_workers=False)
 
 
 def _translated(answers: Iterator[Any]) -> Iterator[Any]:
@@ -253,12 +284,12 @@ def fit(prepared: Prepared) -> None:
     from caldpo_ray.trainer import PolicyTrainer
 
     config, run = prepared.config, prepared.run
-    side_by_side = require_placeable(config, prepared.job is not None)
+    side_by_side = require_placeable(config, prepared.job is not None, needs_data=False)
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(config, prepared.folders, prepared.job)
+        .remote(config, prepared.folders, prepared.job, _newest_step(run))
     )
     feed.start.remote()
     if not side_by_side:
@@ -300,6 +331,15 @@ def fit(prepared: Prepared) -> None:
     ray.kill(feed)
 
 
+def _newest_step(run: RunDir) -> int:
+    """The step of the newest checkpoint that Ray Train has committed; 0 without one."""
+    snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
+    if not snapshot.exists():
+        return 0
+    names = [found["checkpoint_dir_name"] for found in json.loads(snapshot.read_text())["checkpoint_results"]]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
 def train_loop(settings: dict[str, Any]) -> None:
     """What a worker runs; imported there, so that the driver needs no transformers."""
     with large_imports():
@@ -329,7 +369,7 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
         "run_dir": str(prepared.run.path),
         "feed": feed,
         "identity": identity_digest(config),
-        "reference_key": prepared.reference_key,
+        "reference_key": None if prepared.job is None else prepared.job.key,
         "policy_is_reference": config.reference.name_or_path is None
         and config.reference.dtype in (None, config.model.dtype),
         "num_train": prepared.num_train,
@@ -347,7 +387,7 @@ def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
         "policy": {"path": prepared.config.model.name_or_path, "digest": prepared.policy.weights},
         "reference": None
         if prepared.job is None
-        else {"path": prepared.job.model.name_or_path, "key": prepared.reference_key},
+        else {"path": prepared.job.model.name_or_path, "key": prepared.job.key},
         "rows": [{"cache": fact.folder.name, "rows": fact.num_rows, "bad": fact.num_bad} for fact in prepared.facts],
         "train_rows": prepared.num_train,
         "eval_rows": prepared.num_eval,

@@ -1,4 +1,4 @@
-"""Do the workers and reference actors fit this cluster? Asked before anything starts, because Ray itself waits for ever."""
+"""Does what a run starts fit this cluster? Asked before anything starts, because Ray itself waits for ever."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from caldpo_ray.config import Config
-from caldpo_ray.errors import NoRoom
+from caldpo_ray.data import TOKENISE_CPUS
+from caldpo_ray.errors import NotReady
 
 Resources = dict[str, float]
 POLL_SECONDS = 1.0
@@ -38,6 +39,11 @@ def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[B
     actors = reference.num_actors[0] if isinstance(reference.num_actors, tuple) else reference.num_actors
     frozen = {"CPU": reference.num_cpus_per_actor, "GPU": reference.num_gpus_per_actor}
     return workers, [Bundle("reference actor", frozen, reference.label_selector or {})] * actors
+
+
+def data_task(config: Config) -> Bundle:
+    """One of the tasks that read and tokenise rows; they end before workers and actors start."""
+    return Bundle("data task", {"CPU": TOKENISE_CPUS, "GPU": 0.0}, config.data.label_selector or {})
 
 
 def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
@@ -75,26 +81,30 @@ def live_nodes() -> list[Node]:
     return [Node(n["NodeManagerAddress"], n["Resources"], n.get("Labels", {})) for n in ray.nodes() if n["Alive"]]
 
 
-def require_placeable(config: Config, needs_reference: bool) -> bool:
+def require_placeable(
+    config: Config, needs_reference: bool, *, needs_data: bool = True, needs_workers: bool = True
+) -> bool:
     """Wait, at most `train.placement_timeout_seconds`, until the cluster is large enough.
 
-    Returns whether policy and reference fit side by side; if only one after the other does, the reference must fill the
-    store first. Raises NoRoom naming the process that fits nowhere, what it needs, and what the nodes have.
+    `needs_data` is False once the rows are there, `needs_workers` where nothing is trained. Returns whether policy and
+    reference fit side by side; if only one after the other does, the reference must fill the store first. Raises NotReady
+    naming the process that fits nowhere, what it needs, and what the nodes have.
     """
+    tasks = [data_task(config)] if needs_data else []
     workers, actors = bundles(config, needs_reference)
+    workers = workers if needs_workers else []
     deadline = time.monotonic() + config.train.placement_timeout_seconds
     announced = False
     while True:
         nodes = live_nodes()
-        if unplaced([*workers, *actors], nodes) is None:
+        in_turn = unplaced(tasks, nodes) or unplaced(workers, nodes) or unplaced(actors, nodes)
+        missing = in_turn or unplaced([*workers, *actors], nodes)
+        if missing is None:
             return True
-        in_turn = unplaced(workers, nodes) or unplaced(actors, nodes)
         if in_turn is None and config.reference.store is not None:
             return False
-        missing = in_turn or unplaced([*workers, *actors], nodes)
-        assert missing is not None
         if time.monotonic() > deadline:
-            raise NoRoom(_explain(missing, config, nodes, alone=in_turn is not None))
+            raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
         if not announced:
             print(
                 f"waiting up to {config.train.placement_timeout_seconds:.0f} s for the cluster to have room for a {missing.role}",
@@ -107,17 +117,26 @@ def require_placeable(config: Config, needs_reference: bool) -> bool:
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
     needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount) or "nothing"
     label = f" on a node labelled {bundle.labels}" if bundle.labels else ""
-    count = config.train.num_workers if bundle.role == "policy worker" else config.reference.num_actors
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
         f" labels {_own_labels(node.labels)}"
         for node in nodes
     )
     beside = "" if alone else " beside the policy workers (reference.store=null needs both at once)"
-    keys = "train.num_workers, train.use_gpu, train.num_cpus_per_worker or train.label_selector"
-    if bundle.role == "reference actor":
-        keys = "reference.num_actors, .num_gpus_per_actor, .num_cpus_per_actor, .label_selector or .store"
-    return f"resources: a {bundle.role} ({count} wanted) needs {needs}{label}{beside} and fits on no node ({listed}); change {keys}"
+    wanted, keys = {
+        "data task": ("", "data.label_selector"),
+        "policy worker": (
+            f" ({config.train.num_workers} wanted)",
+            "train.num_workers, train.use_gpu, train.num_cpus_per_worker or train.label_selector",
+        ),
+        "reference actor": (
+            f" ({config.reference.num_actors} wanted)",
+            "reference.num_actors, .num_gpus_per_actor, .num_cpus_per_actor, .label_selector or .store",
+        ),
+    }[bundle.role]
+    return (
+        f"resources: a {bundle.role}{wanted} needs {needs}{label}{beside} and fits on no node ({listed}); change {keys}"
+    )
 
 
 def _own_labels(labels: dict[str, Any]) -> dict[str, Any]:

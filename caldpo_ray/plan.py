@@ -7,9 +7,12 @@ from typing import Any
 
 from caldpo_ray.config import Config
 from caldpo_ray.data import make_row
-from caldpo_ray.deepspeed_config import read_raw
+from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError
+from caldpo_ray.loggers import require_installed
 from caldpo_ray.models import load_tokenizer
+from caldpo_ray.objective_parameters import require_findable
+from caldpo_ray.run_dir import require_lasting_folders
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
 from caldpo_ray.tokenization import check_tokenizer, row_id
@@ -63,7 +66,10 @@ def _records(source: str) -> Iterator[tuple[str, int, Any]]:
 def plan(config: Config) -> Iterator[str]:
     """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work."""
     yield f"objective  {config.objective.name}: {config.objective.formula}"
-    read_raw(config)
+    require_lasting_folders(config)
+    require_installed(config.loggers)
+    require_findable(config.objective.name)
+    deepspeed_config(config, config.train.num_workers)
     sample, _ = sample_rows(config, SAMPLE_ROWS)
     yield from _data_lines(sample)
     yield from _memory_lines(config)

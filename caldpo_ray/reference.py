@@ -33,6 +33,8 @@ class ReferenceJob:
     """What is scored by which frozen model, and where the answers are kept (None: nowhere)."""
 
     model: ModelSection
+    key: str
+    """What decides the numbers: weights and dtype (see `store_key`)."""
     dtype: str
     settings: ReferenceSection
     store: ReferenceStore | None

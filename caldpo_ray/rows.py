@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, last_line
 from caldpo_ray.schema import Floats, Row, Tokens
 from caldpo_ray.tokenization import response_digest
 
@@ -148,7 +148,12 @@ class RowCache:
         self.folder_sizes: list[int] = []
         for folder in map(Path, folders):
             parts = read_manifest(folder)["parts"]
-            self._parts += [_PartView(folder / part["name"]) for part in parts]
+            try:
+                self._parts += [_PartView(folder / part["name"]) for part in parts]
+            except (OSError, pa.ArrowException) as error:
+                raise InputError(
+                    f"row cache {folder}: a part cannot be read ({last_line(error)}); remove the folder, and it is made again"
+                ) from None
             sizes += [part["num_rows"] for part in parts]
             self.folder_sizes.append(sum(part["num_rows"] for part in parts))
         self._starts: list[int] = np.cumsum([0, *sizes]).tolist()

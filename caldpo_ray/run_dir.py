@@ -79,9 +79,9 @@ def open_run_dir(config: Config, fresh: bool) -> RunDir:
     """Create the run directory, or reopen it for the same run.
 
     Raises InputError when it holds another run, when `fresh` asks for a new one and it exists, when the folder cannot be
-    written, or when it would lie in a folder that Ray throws away.
+    written, or when it or the reference store would lie in a folder that Ray throws away.
     """
-    _refuse_temporary(config.run.output_dir)
+    require_lasting_folders(config)
     run = RunDir(Path(config.run_dir).absolute())
     exists = run.config.exists()
     if exists and fresh:
@@ -90,30 +90,38 @@ def open_run_dir(config: Config, fresh: bool) -> RunDir:
         )
     if exists:
         _require_same_run(config, load_config(run.config), run.path)
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        probe = run.path / f".write-{uuid.uuid4().hex[:8]}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"run.output_dir {config.run.output_dir}: cannot write {run.path} ({error.strerror}); give a writable folder"
-        ) from None
+    require_writable(config)
     write_atomically(run.config, save_config(config))
     return run
 
 
-def _refuse_temporary(output_dir: str) -> None:
-    if "://" in output_dir:
-        raise InputError(
-            f"run.output_dir {output_dir}: must be a folder that all nodes share; mount the bucket and give its path"
-        )
+def require_lasting_folders(config: Config) -> None:
+    """Raises InputError when the run or its reference store would not outlive a Ray job, or is no folder but a URL."""
     packaged = "/runtime_resources/" in os.getcwd()
-    if packaged and not os.path.isabs(output_dir):
+    for key, folder in (("run.output_dir", config.run.output_dir), ("reference.store", config.reference.store)):
+        if folder is not None and "://" in folder:
+            raise InputError(
+                f"{key} {folder}: must be a folder that all nodes share; mount the bucket and give its path"
+            )
+        if folder is not None and packaged and not os.path.isabs(folder):
+            raise InputError(
+                f"{key} {folder}: relative to the packaged working directory of a Ray job, which is deleted with the job;"
+                " give an absolute folder on shared storage"
+            )
+
+
+def require_writable(config: Config) -> None:
+    """Make the run directory's folder, and no more. Raises InputError when nothing can be written there."""
+    path = Path(config.run_dir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-{uuid.uuid4().hex[:8]}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
         raise InputError(
-            f"run.output_dir {output_dir}: relative to the packaged working directory of a Ray job, which is deleted with the job;"
-            " give an absolute folder on shared storage"
-        )
+            f"run.output_dir {config.run.output_dir}: cannot write {path} ({error.strerror}); give a writable folder"
+        ) from None
 
 
 def _require_same_run(config: Config, saved: Config, path: Path) -> None:

@@ -50,6 +50,8 @@ class ResponseScorer(torch.nn.Module):
         self.model = model
         self.pad_id = pad_id
         self.layout: Layout = layout
+        self.misfit = ""
+        """Why rows do not share their prompt, in words, once `choose_layout` has said so."""
         config = model.config.get_text_config()
         self.max_shared_tokens = attention_window(config)
         self.logit_transform = logit_transform(config)

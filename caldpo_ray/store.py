@@ -8,6 +8,8 @@ invalidates it, and nothing is ever joined by position. Several writers append a
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady, last_line
 from caldpo_ray.rows import write_atomically
 from caldpo_ray.schema import Floats
 
@@ -40,14 +42,14 @@ class ReferenceStore:
 
     @classmethod
     def create(cls, root: str | Path, key: str, facts: dict[str, Any]) -> "ReferenceStore":
-        """Open, and on first use describe, the folder of one reference."""
+        """Open, and on first use describe, the folder of one reference. Raises NotReady when it cannot be written."""
         folder = Path(root) / key
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "manifest.json").exists():
                 write_atomically(folder / "manifest.json", json.dumps({"version": VERSION, **facts}, indent=1))
         except OSError as error:
-            raise InputError(
+            raise NotReady(
                 f"reference.store {root}: cannot be written ({error.strerror}); give a writable folder or reference.store=null"
             ) from None
         return cls(folder)
@@ -55,7 +57,7 @@ class ReferenceStore:
     def load(self) -> tuple[Digests, Floats]:
         """(digests sorted [n], log-probs [n]); every part is checked against its checksum.
 
-        Raises InputError naming a damaged part.
+        Raises NotReady naming a part that is damaged or cannot be read.
         """
         tables = [_read_part(path) for path in sorted(self.folder.glob("part-*.parquet"))]
         if not tables:
@@ -130,22 +132,36 @@ def _digest_array(column: pa.ChunkedArray) -> Digests:
 
 
 def _read_part(path: Path) -> pa.Table:
-    data = path.read_bytes()
+    with _readable(path):
+        data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:32] != path.stem.removeprefix("part-"):
-        raise InputError(
+        raise NotReady(
             f"reference store {path}: its content does not match its checksum (a damaged or edited file); delete this file, and its"
             " entries are scored again"
         )
     return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises NotReady naming a file of a store that is damaged or cannot be opened."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # pa.ArrowInvalid and JSONDecodeError are ValueErrors
+        raise NotReady(
+            f"reference store {path}: not readable ({last_line(error)}); make it readable, or delete this file, and"
+            " the entries in it are scored again"
+        ) from None
+
+
 def list_references(root: str | Path) -> list[dict[str, Any]]:
-    """One description per reference in the store: its manifest, key, entries, bytes."""
+    """One description per reference in the store: its manifest, key, entries, bytes. Raises NotReady naming a bad file."""
     found = []
     for manifest in sorted(Path(root).glob("*/manifest.json")):
         parts = list(manifest.parent.glob("part-*.parquet"))
         entries = sum(_num_entries(part) for part in parts)
-        facts = json.loads(manifest.read_text())
+        with _readable(manifest):
+            facts = json.loads(manifest.read_text())
         found.append(
             {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
         )
@@ -153,17 +169,18 @@ def list_references(root: str | Path) -> list[dict[str, Any]]:
 
 
 def _num_entries(part: Path) -> int:
-    try:
+    with _readable(part):
         return int(pq.read_metadata(part).num_rows)
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            f"reference store {part}: not readable ({error}); delete this file, and its entries are scored again"
-        ) from None
 
 
 def remove_reference(root: str | Path, key: str) -> None:
-    """Delete one reference's entries. Raises InputError for an unknown key."""
+    """Delete one reference's entries. Raises InputError for an unknown key, NotReady where they cannot be deleted."""
     known = [manifest.parent.name for manifest in sorted(Path(root).glob("*/manifest.json"))]
     if key not in known:
         raise InputError(f"reference store {root}: no reference {key!r}; it holds {', '.join(known) or 'none'}")
-    shutil.rmtree(Path(root) / key)
+    try:
+        shutil.rmtree(Path(root) / key)
+    except OSError as error:
+        raise NotReady(
+            f"reference store {root}: {key} cannot be deleted ({last_line(error)}); change its permissions"
+        ) from None

@@ -7,14 +7,15 @@ torchrun variables, the process group, the device, the clean end.
 
 import os
 import socket
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -32,6 +33,9 @@ from caldpo_ray.imports import large_imports
 # the group of a living run; our controller dies only with its driver, and Ray then frees the group.
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 SHUTDOWN_SECONDS = 30
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=30
+)  # as TorchTrainer: while rank 0 exports or converts, the others wait in a barrier
 CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
 
 
@@ -54,10 +58,13 @@ class PolicyTrainer(DataParallelTrainer):
         environment = {"runtime_env": {"env_vars": variables}} if variables else {}
         controller_class = ray.remote(num_cpus=0, label_selector=here, **environment)(Controller)
         controller = controller_class.remote(_controller_variables(), **of_the_run)
-        if threading.current_thread() is threading.main_thread():
-            self._register_sigint_handler(controller)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        try:
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+        except KeyboardInterrupt:  # Ray's own handler would end this process with code 0
+            with suppress(RayError):
+                ray.get(controller.abort.remote(), timeout=SHUTDOWN_SECONDS)
+            raise
 
 
 class Controller(TrainController):  # type: ignore[misc]
@@ -129,7 +136,7 @@ def _join(address: str, port: int, backend: str) -> None:
         "NODE_RANK": str(context.get_node_rank()),
     }
     # A GPU in Ray's books without one in the machine is how the placement is tested.
-    dist.init_process_group(backend if torch.cuda.is_available() else "gloo")
+    dist.init_process_group(backend if torch.cuda.is_available() else "gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 def _leave() -> None:

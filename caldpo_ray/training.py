@@ -120,7 +120,8 @@ def build_engine(config: Config, model: ModelSection, device: torch.device, univ
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
     del os.environ["TORCHDYNAMO_DISABLE"]
-    scorer.layout = choose_layout(scorer).layout
+    choice = choose_layout(scorer)
+    scorer.layout, scorer.misfit = choice.layout, choice.reason
     return engine
 
 
@@ -138,12 +139,15 @@ class PolicyWorker:
         self.objective: Objective = get_objective(**self.config.objective.model_dump())
         self.attempt = self._agree_on_attempt()
         self.feed.place.remote(this_place("policy worker", self.rank))
+        self.rows_digest: str = ray.get(self.feed.rows_digest.remote())
         self.checkpoint = ray.train.get_checkpoint()
         self.state = self._read_checkpoint()
         stage = self.config.train.deepspeed.zero_stage
         self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
         self.policy = ModelSection.model_validate(settings["model"])
         self.engine = build_engine(self.config, self.policy, self.device, self.universal)
+        if self.engine.module.misfit and self.rank == 0:
+            self.feed.note.remote(f"every response runs with a copy of its prompt: {self.engine.module.misfit}")
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
@@ -197,10 +201,21 @@ class PolicyWorker:
             return None
         with self.checkpoint.as_directory() as folder:
             state = checkpoint.read_state(Path(folder))
-        expected = (self.settings["identity"], self.settings["reference_key"])
-        if (state.identity, state.reference_key) != expected:
+        stage = self.config.train.deepspeed.zero_stage
+        changed = [
+            name
+            for name, before, now in (
+                ("config", state.identity, self.settings["identity"]),
+                ("reference", state.reference_key, self.settings["reference_key"]),
+                ("rows", state.rows_digest, self.rows_digest),
+                ("choice between ZeRO stage 0 and higher ones", state.zero_stage == 0, stage == 0),
+            )
+            if before != now
+        ]
+        if changed:
             raise InputError(
-                f"run directory {self.run.path}: its checkpoint belongs to another config or reference; choose another run.name"
+                f"run directory {self.run.path}: its checkpoint is of another {' and '.join(changed)}; put that back, or"
+                " choose another run.name"
             )
         return state
 
@@ -237,14 +252,17 @@ class PolicyWorker:
         batch = self.engine.module.batch(micro_batch.rows).to(self.device)
         logps = self.engine(batch, micro_batch.num_head_chunks)
         lengths, scores, weights, columns = metrics.row_tensors(micro_batch.rows, logps)
-        reference = None if micro_batch.reference_logps is None else _padded(micro_batch.reference_logps, logps)
+        known = micro_batch.reference_logps
+        reference = None if known is None else torch.tensor(known, dtype=logps.dtype, device=logps.device)
         output = self.objective(logps, reference, lengths, response_scores=scores, **columns)
         with torch.no_grad():
-            real = (lengths[:, 0] > 0).to(logps.dtype)
-            part = metrics.preference_metrics(self.objective, output, logps.detach(), reference, lengths, scores, real)
-            if evaluating and self.objective.min_responses > 1:
-                part |= metrics.calibration_bins(self.objective, logps, reference, lengths, scores, real)
-            part["tokens"] = (torch.tensor(float(sum(row.num_tokens for row in micro_batch.rows))), torch.tensor(1.0))
+            inputs = (reference, lengths, scores, (weights > 0).to(logps.dtype))
+            factors = None if evaluating else weights
+            part = metrics.preference_metrics(self.objective, output, logps.detach(), *inputs, factors)
+            if evaluating:
+                part |= metrics.calibration_bins(self.objective, logps, *inputs)
+            compared = metrics.num_compared(self.objective, *inputs[1:])
+            part["executed"] = (torch.stack([compared, torch.full_like(compared, batch.num_tokens)]), compared)
             gap = logps.detach() - reference if reference is not None else torch.zeros_like(logps)
         return output.losses * weights, part, gap
 
@@ -280,7 +298,7 @@ class PolicyWorker:
         stage = self.config.train.deepspeed.zero_stage
         state = TrainerState(
             step, schedule.position(step)[0], schedule.rows_consumed(step), self.settings["identity"],
-            self.settings["reference_key"], self.world_size, stage, best,
+            self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(self.engine, state, Path(folder))
@@ -343,10 +361,7 @@ class PolicyWorker:
         waits = torch.tensor(list(self.waits.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(waits, dist.ReduceOp.MAX)
         seconds = time.monotonic() - started
-        tokens, pairs = (
-            totals.pop("tokens")[0].item(),
-            totals["rewards/accuracies" if "rewards/accuracies" in totals else "loss"][1].item(),
-        )
+        pairs, tokens = totals.pop("executed")[0].tolist()
         line: dict[str, Any] = {
             "step": step,
             "epoch": schedule.rows_consumed(step) / schedule.num_rows,
@@ -400,13 +415,6 @@ class PolicyWorker:
             return None
         grads = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
-
-
-def _padded(values: Any, like: Tensor) -> Tensor:
-    """Reference log-probs in the shape of the policy's; an empty micro-batch runs one row of zeros."""
-    padded = torch.zeros_like(like)
-    padded[: values.shape[0], : values.shape[1]] = torch.tensor(values)
-    return padded.detach()
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:

@@ -7,18 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady
 
 _CALL = "(policy_logps, reference_logps, lengths, **parameters, **columns)"
 
 
 def load_function(name: str, parameters: Mapping[str, Any]) -> Callable[..., Any]:
-    """Import `package.module:function` and check that it accepts the parameters. Raises InputError."""
+    """Import `package.module:function` and check that it accepts the parameters. Raises InputError (NotReady: not installed)."""
     module_name, function_name = name.split(":")
     try:
         module = import_module(module_name)
     except (ImportError, SyntaxError) as error:
-        raise InputError(
+        kind = InputError if isinstance(error, SyntaxError) else NotReady
+        raise kind(
             f"{name}: cannot import {module_name} ({error}); install it on every node or add its folder to PYTHONPATH"
         ) from error
     function: Callable[..., Any] | None = getattr(module, function_name, None)

@@ -84,21 +84,6 @@ class Objective:
         terms = self.row_terms(policy_logps, reference, lengths, {"response_scores": response_scores, **columns})
         return Output(losses=reduce(torch.add, terms.values()), terms=terms)
 
-    @property
-    def start_loss(self) -> float | None:
-        """The loss where policy = reference, whatever the data; None where it depends on the data."""
-        function = FUNCTIONS.get(self.name)
-        if function is None or any(vector.startswith("p") for vector in vector_names(function)):
-            return None
-        zeros = torch.zeros(1, 2, dtype=torch.float64)
-        return float(self(zeros, zeros, torch.ones_like(zeros)).losses)
-
-    def describe(self) -> str:
-        """One line for the start of a run: the resolved formula, the parameters, and the loss to expect at step 0."""
-        parameters = ", ".join(f"{key}={value}" for key, value in self.parameters.items() if value is not None)
-        start = "" if self.start_loss is None else f"; {self.start_loss:.6g} where policy = reference"
-        return f"{self.name}({parameters}): loss = {self.formula}{start}"
-
 
 def get_objective(name: str, **parameters: Any) -> Objective:
     """The objective of that name (or alias, or `package.module:function`) with these parameters.

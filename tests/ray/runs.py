@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class Run:
     def trajectory(self) -> list[dict[str, Any]]:
         """Metrics without what the clock decides."""
         return [{key: value for key, value in line.items() if key not in TIMES} for line in self.lines()]
+
+    def last_step_kept(self, before: list[dict[str, Any]]) -> int:
+        """Up to this step the lines of an earlier moment still stand, timings and all; a step that ran again has others."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(before, self.lines(), strict=False))
+        return max((line["step"] for line, _ in same), default=0)
 
     def weights(self) -> dict[str, Any]:
         return dict(load_file(self.path / "model" / "model.safetensors"))

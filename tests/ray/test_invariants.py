@@ -1,5 +1,7 @@
 """One loss trajectory whatever the execution: workers, accumulation, ZeRO stage, store (design invariant 1)."""
 
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 
 import caldpo_ray
 from caldpo_ray.run_dir import RunDir, read_metrics
+from tests.conftest import wait_until
 from tests.ray.runs import kill, pids, start, train, write_config
 
 pytestmark = pytest.mark.ray
@@ -26,6 +29,12 @@ def lines(run: RunDir) -> list[dict[str, Any]]:
 
 def run_in_process(config: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     return lines(caldpo_ray.train(config, [f"run.name={name}", *overrides]))
+
+
+def reference_actors(run: RunDir) -> set[int]:
+    """Processes that held the reference model at any time of a finished run."""
+    places = json.loads(run.manifest.read_text())["places"]
+    return {place["pid"] for place in places if place["role"] == "reference actor"}
 
 
 def assert_close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], tolerance: float) -> None:
@@ -52,8 +61,10 @@ def one_worker(config: Path) -> list[dict[str, Any]]:
 
 
 def test_a_warm_store_gives_the_same_bits_and_scores_nothing(config: Path, one_worker: list[dict[str, Any]]) -> None:
-    warm = run_in_process(config, "warm")
-    for line, cold in zip(warm, one_worker, strict=True):
+    run = caldpo_ray.train(config, ["run.name=warm"])
+    assert reference_actors(RunDir(run.path.with_name("one_worker")))
+    assert not reference_actors(run), "the reference model was not even loaded"
+    for line, cold in zip(lines(run), one_worker, strict=True):
         assert line["logratios/chosen"] == cold["logratios/chosen"]
         assert line["loss"] == cold["loss"]
         assert line["grad_norm"] == cold["grad_norm"]
@@ -92,16 +103,18 @@ def test_a_killed_driver_resumes_with_another_number_of_workers(
     first = start(config, name, "train.num_workers=2", *overrides)
     first.wait_for_step(14)
     kill(first.process.pid)
-    first.process.wait()
-    train(config, name, "train.num_workers=1", *overrides)
+    assert first.process.wait() == -signal.SIGKILL
+    before = first.lines()
+    resumed = train(config, name, "train.num_workers=1", *overrides)
+    assert resumed.last_step_kept(before) >= 12, "resumed from a checkpoint, of which there was one every 6 steps"
     assert_close(lines(RunDir(first.path)), one_worker, 2e-3)
 
 
 def test_without_a_store_a_killed_reference_actor_loses_no_row(config: Path, one_worker: list[dict[str, Any]]) -> None:
     run = start(config, "reference_killed", "reference.store=null", "reference.batch_tokens=64")
-    from tests.conftest import wait_until
-
     actor = wait_until(lambda: pids("ReferenceScorer"), "a reference actor")[0]
     kill(actor)
+    wait_until(lambda: set(pids("ReferenceScorer")) - {actor}, "a reference actor in another process")
+    assert len(run.lines()) < len(one_worker), "it had to score while the run went on"
     run.finish()
-    assert_close([line for line in run.lines() if line["split"] == "train"], one_worker, 1e-4)
+    assert_close(lines(RunDir(run.path)), one_worker, 1e-4)

@@ -17,6 +17,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
 COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
 SMALLER = ["train.num_workers=2", "reference.num_actors=1"]
+RECIPES = {
+    "make quickstart": ["python examples/quickstart/run.py"],
+    "make test": ["pytest --numprocesses auto tests/unit tests/parity", "pytest tests/ray"],
+}
 TAKES_OVERRIDES = ("plan", "preview", "train")
 
 
@@ -31,6 +35,8 @@ def test_configs_of_the_examples(config: Path) -> None:
 def test_make(command: str) -> None:
     done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    for part in RECIPES[command]:
+        assert part in done.stdout
 
 
 def test_align_your_own_model(

@@ -41,7 +41,9 @@ def test_a_killed_policy_worker_changes_nothing(config: Path, undisturbed: Run) 
     workers = pids("RayTrainWorker")
     assert len(set(workers)) == 2
     kill(workers[1])
+    before = run.lines()
     run.finish()
+    assert run.last_step_kept(before) >= 10, "resumed from a checkpoint, of which there was one every 5 steps"
     steps = [line["step"] for line in run.lines() if line["split"] == "train"]
     assert steps == list(range(1, 27)), "2 epochs of ceil(400 / 32) steps, each once"
     assert_same(run, undisturbed)

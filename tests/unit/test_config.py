@@ -1,6 +1,8 @@
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import yaml
 
 import caldpo_ray
-from caldpo_ray.config import ALIASES, NOT_ALIASES, known_keys, load_config, save_config
+from caldpo_ray.config import ALIASES, NOT_ALIASES, Config, Section, known_keys, load_config, save_config
 from caldpo_ray.errors import InputError
 
 BASE = """
@@ -83,6 +85,40 @@ def test_fewer_rows_than_workers_and_bf16_at_stage_0_are_refused(path: Path) -> 
     assert "hidden Adam step" in complaint(path, "model.dtype=bfloat16", "train.deepspeed.zero_stage=0")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.dtype=bfloat16", "train.deepspeed.zero_stage=0"], "hidden Adam step"),
+        (["train.batch_size=2", "train.num_workers=4"], "train.batch_size = 2: smaller than train.num_workers = 4"),
+        (["train.num_workers=65"], "train.batch_size = 64: smaller than train.num_workers = 65"),
+        (["reference.revision=v2"], "reference.revision = 'v2': names a revision of another reference"),
+        (["reference.num_actors=[4, 1]"], "a range is [lowest, highest]"),
+        (["train.deepspeed.offload_param=true"], "train.deepspeed.offload_param = True: needs zero_stage 3"),
+        (
+            ["train.deepspeed.offload_optimizer=true", "train.deepspeed.zero_stage=0"],
+            "stage 0 has no partitioned optimizer",
+        ),
+    ],
+)
+def test_rules_between_options_are_told_once_and_with_every_other_mistake(
+    path: Path, overrides: list[str], expected: str
+) -> None:
+    assert complaint(path, *overrides).count(expected) == 1
+    others = ("train.epochs=0", "reference.batch_tokens=0", "model.lora.r=0", "nonsense=1")
+    text = complaint(path, *overrides, *others)
+    assert text.count(expected) == 1
+    assert all(other.partition("=")[0] in text for other in others)
+
+
+def test_rules_between_options_refuse_no_more_than_they_name(path: Path) -> None:
+    config = load_config(path, ["reference.revision=v2", "reference.name_or_path=other", "reference.num_actors=[2, 2]"])
+    assert (config.reference.revision, config.reference.num_actors) == ("v2", (2, 2))
+    load_config(path, ["train.deepspeed.offload_param=true", "train.deepspeed.zero_stage=3"])
+    load_config(path, ["model.dtype=float32", "train.deepspeed.zero_stage=0"])
+    text = complaint(path, "reference.name_or_path=[1]", "reference.revision=v2", "train.num_workers=x")
+    assert "names a revision" not in text and "smaller" not in text, "what a rule compares with is wrong itself"
+
+
 @pytest.mark.parametrize("alias", ALIASES)
 def test_aliases_mean_their_key(path: Path, alias: str) -> None:
     key = ALIASES[alias]
@@ -123,12 +159,124 @@ def test_importing_config_costs_nothing() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_option_is_read_outside_the_config() -> None:
+# Section class -> its fields, and for those that are sections themselves their class.
+SECTIONS: dict[str, dict[str, str | None]] = {
+    kind.__name__: {
+        name: next((word for word in re.findall(r"\w+", str(field.annotation)) if word.endswith("Section")), None)
+        for name, field in kind.model_fields.items()
+    }
+    for kind in (Config, *Section.__subclasses__())
+}
+SECTIONS["Config"]["objective"] = "ObjectiveParameters"
+SECTIONS["ObjectiveParameters"] = {"name": None}
+
+
+def section_in(annotation: ast.expr | None) -> str | None:
+    """The section that an annotation names, as in `"Config"`, `Config | str`."""
+    words = re.findall(r"\w+", ast.unparse(annotation)) if annotation else []
+    return next((word for word in words if word in SECTIONS), None)
+
+
+class Reads(ast.NodeVisitor):
+    """Collects `SectionClass.field` for every attribute read of an expression that is known to hold a section.
+
+    Known are annotated parameters, variables and attributes (by their name), calls of functions with an annotated result,
+    `SectionClass...(...)`, copies, and what is assigned from any of these.
+    """
+
+    def __init__(self, trees: Iterable[ast.Module]) -> None:
+        self.found: set[str] = set()
+        self.names: dict[str, str | None] = {}
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        self.results = {n.name: section_in(n.returns) for n in nodes if isinstance(n, ast.FunctionDef)}
+        members = [
+            item for n in nodes if isinstance(n, ast.ClassDef) for item in n.body if isinstance(item, ast.AnnAssign)
+        ]
+        self.members = {ast.unparse(item.target): section_in(item.annotation) for item in members}
+
+    def holds(self, node: ast.expr) -> str | None:
+        match node:
+            case ast.Name():
+                return self.names.get(node.id, node.id if node.id in SECTIONS else None)
+            case ast.Attribute():
+                section = self.holds(node.value)
+                return SECTIONS[section].get(node.attr) if section else self.members.get(node.attr)
+            case ast.Call(func=ast.Attribute(attr="model_copy" | "model_validate") as function):
+                return self.holds(function.value)
+            case ast.Call(func=ast.Name() as function):
+                return self.results.get(function.id) or self.holds(function)
+        return None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        around, self.names = self.names, dict(self.names)
+        for argument in (*node.args.args, *node.args.kwonlyargs):
+            self.names[argument.arg] = section_in(argument.annotation)
+        self.generic_visit(node)
+        self.names = around
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=True))
+            for left, right in pairs:
+                if isinstance(left, ast.Name):
+                    self.names[left.id] = self.holds(right)
+                elif isinstance(left, ast.Attribute):
+                    self.members[left.attr] = self.holds(right)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.generic_visit(node)
+        if isinstance(node.ctx, ast.Load) and (section := self.holds(node.value)):
+            self.found.add(f"{section}.{node.attr}")
+
+
+def unread(sources: Iterable[str]) -> list[str]:
+    """The options of the schema that these sources never read as a field of their section."""
+    trees = [ast.parse(source) for source in sources]
+    reads = Reads(trees)
+    for tree in trees:
+        reads.visit(tree)
+    missing = []
+    for key in known_keys():
+        *sections, last = key.split(".")
+        kind: str | None = "Config"
+        for name in sections:
+            kind = SECTIONS[str(kind)][name]
+        if f"{kind}.{last}" not in reads.found:
+            missing.append(key)
+    return missing
+
+
+def package_sources() -> dict[str, str]:
+    """Every module; of the config itself only the properties, since a rule about an option does not use it."""
     package = Path(caldpo_ray.__file__).parent
-    trees = [ast.parse(file.read_text()) for file in package.rglob("*.py") if file.name != "config.py"]
-    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    unread = [key for key in known_keys() if key.rpartition(".")[2] not in read]
-    assert unread == []
+    sources = {file.name: file.read_text() for file in package.rglob("*.py")}
+    config = next(n for n in ast.parse(sources["config.py"]).body if isinstance(n, ast.ClassDef) and n.name == "Config")
+    properties = [
+        n for n in config.body if isinstance(n, ast.FunctionDef) and "property" in map(ast.unparse, n.decorator_list)
+    ]
+    sources["config.py"] = "\n".join(ast.unparse(n).replace("(self)", "(self: Config)") for n in properties)
+    return sources
+
+
+def test_every_option_is_read_outside_the_config() -> None:
+    assert unread(package_sources().values()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("reference.revision", "settings|reference"),
+        ("data.label_selector", "data"),
+        ("reference.dtype", "settings|reference"),
+    ],
+)
+def test_an_option_that_loses_its_readers_is_noticed(key: str, section: str) -> None:
+    """Other sections have a field of the same name."""
+    reader = re.compile(rf"\b({section})\.{key.partition('.')[2]}\b")
+    assert unread(reader.sub(r"\1.removed", source) for source in package_sources().values()) == [key]
 
 
 def test_overrides_are_yaml(path: Path) -> None:

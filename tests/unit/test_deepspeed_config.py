@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ import pytest
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError
+from caldpo_ray.plan import plan
 
 
 @pytest.fixture
@@ -60,13 +63,22 @@ def test_a_raw_config_is_merged(path: Path, tmp_path: Path) -> None:
 def test_a_raw_config_that_contradicts_is_refused(path: Path, raw: object, owner: str) -> None:
     with pytest.raises(InputError, match=owner):
         deepspeed_config(with_raw(path, raw), world_size=1)
+    with pytest.raises(InputError, match=owner):
+        list(plan(with_raw(path, raw)))
 
 
-def test_unreadable_raw_configs_and_impossible_offloads(path: Path) -> None:
+def test_a_driver_can_ask_for_it_without_torch(path: Path) -> None:
+    code = (
+        "import sys; from caldpo_ray.config import load_config; from caldpo_ray.deepspeed_config import deepspeed_config;"
+        f"deepspeed_config(load_config({str(path)!r}), 2); print({{'torch', 'deepspeed', 'ray'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_unreadable_raw_configs(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as JSON"):
         deepspeed_config(with_raw(path, "/nowhere.json"), 1)
-    with pytest.raises(InputError, match="needs zero_stage 3"):
-        deepspeed_config(load_config(path, ["train.deepspeed.offload_param=true"]), 1)
-    with pytest.raises(InputError, match="stage 0 has no partitioned optimizer"):
-        stage_0 = ["train.deepspeed.offload_optimizer=true", "train.deepspeed.zero_stage=0"]
-        deepspeed_config(load_config(path, stage_0), 1)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(InputError, match="must be a mapping, found list"):
+        deepspeed_config(with_raw(path, str(tmp_path / "list.json")), 1)

@@ -46,7 +46,7 @@ def request(step: int, rank: int, world_size: int, attempt: int = 1, split: Spli
 async def batch(feed: Feed, step: int, world_size: int) -> tuple[list[str], int]:
     shares = [await feed.share(request(step, rank, world_size)) for rank in range(world_size)]
     assert len({len(share.micro_batches) for share in shares}) == 1
-    names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows]
+    names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows if row.weight]
     return sorted(names), shares[0].num_rows
 
 
@@ -132,7 +132,7 @@ def test_every_held_out_row_is_evaluated_once(folder: str) -> None:
     async def run() -> None:
         feed = Feed(config(folder, "data.eval=0.3"), [folder], None)
         shares: list[Share] = [await feed.share(request(0, rank, 3, split="eval")) for rank in range(3)]
-        names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows]
+        names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows if row.weight]
         held_out = split_rows(RowCache([folder]), 0.3)[1]
         assert sorted(names) == [f"{n:04d}" for n in held_out]
 
@@ -152,3 +152,27 @@ def test_a_micro_batch_survives_the_journey_to_a_worker(folder: str) -> None:
             for one, other in zip(ours.response_ids, theirs.response_ids, strict=True):
                 np.testing.assert_array_equal(one, other)
         assert (came.reference_logps is None) == (sent.reference_logps is None)
+
+
+def test_a_rank_without_rows_runs_one_that_weighs_nothing(folder: str) -> None:
+    """With its columns and log-probs: an objective must find all it asks for."""
+
+    async def run() -> None:
+        feed = Feed(config(folder), [folder], None)
+        shares = [await feed.share(request(2, rank, 8)) for rank in range(8)]  # five rows for eight ranks
+        assert [len(part.rows) for share in shares for part in share.micro_batches] == [1] * 8
+        assert sorted(part.rows[0].weight for share in shares for part in share.micro_batches) == [0.0] * 3 + [1.0] * 5
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "first_step", "expected"), [(1, 1, range(8, 21)), (2, 4, range(8, 21)), (2, 1, range(21))]
+)
+def test_rows_of_steps_already_done_are_scored_again_only_for_a_later_epoch(
+    folder: str, epochs: int, first_step: int, expected: range
+) -> None:
+    """In batches of 8 of 21 rows; a resumed run starts with the rows of its next step."""
+    settings = config(folder, f"train.epochs={epochs}", "data.shuffle=false")
+    order = Feed(settings, [folder], None, first_step)._reference_order().tolist()
+    assert order[:13] == list(range(8, 21)) and sorted(order) == list(expected)

@@ -11,6 +11,7 @@ from caldpo_ray.metrics import (
     expected_calibration_error,
     finalise,
     merge,
+    num_compared,
     preference_metrics,
     row_tensors,
 )
@@ -253,3 +254,21 @@ def test_rows_of_several_lengths_become_padded_tensors() -> None:
     assert scores[0].tolist()[:2] == [2, 1] and scores[0].isnan().tolist() == [False, False, True]
     assert weights.tolist() == [1.0, 2.0]
     assert columns["z"][0] == 3.0 and columns["z"][1].isnan()
+
+
+def test_weights_of_the_loss_multiply_it_and_count_as_nothing() -> None:
+    objective = get_objective("dpo", beta=0.1)
+    output = objective(POLICY, REFERENCE, LENGTHS)
+    arguments = (objective, output, POLICY, REFERENCE, LENGTHS, None, ONES)
+    plain, weighted = preference_metrics(*arguments), preference_metrics(*arguments, torch.tensor([2.0, 0.5]))
+    losses = output.losses.tolist()
+    assert finalise(weighted)["loss"] == pytest.approx((2 * losses[0] + 0.5 * losses[1]) / 2)
+    assert finalise(weighted)["rewards/margins"] == finalise(plain)["rewards/margins"]
+
+
+def test_pairs_are_counted_without_ties_and_without_rows_that_weigh_nothing() -> None:
+    lengths = torch.tensor([[3, 3, 3], [3, 3, 0], [3, 3, 3]])
+    scores = torch.tensor([[2.0, 1.0, 1.0], [math.nan] * 3, [3.0, 2.0, 1.0]])
+    counted = num_compared(get_objective("dpo", beta=0.1), lengths, scores, torch.tensor([1.0, 1.0, 0.0]))
+    assert counted == 2 + 1
+    assert num_compared(get_objective("sft"), lengths, scores, torch.tensor([1.0, 1.0, 0.0])) == 2

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from caldpo_ray.config import LoraSection, ModelSection
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.models import ResolvedModel, add_lora, load_model, recall_model, resolve_model
 
 
@@ -80,3 +80,9 @@ def test_unknown_models_and_targets_are_named(drawn: Path, tmp_path: Path) -> No
         add_lora(
             load_model(ModelSection(name_or_path=str(drawn)), "float32"), LoraSection(target_modules=["nothing"]), 0
         )
+
+
+def test_a_hub_that_cannot_be_reached_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(NotReady, match="no/such-model: no such folder here, and the hub cannot be reached"):
+        resolve(Path("no/such-model"), tmp_path)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from caldpo_ray.objective_parameters import SCHEMAS, parse_objective
+from caldpo_ray.errors import NotReady
+from caldpo_ray.objective_parameters import SCHEMAS, parse_objective, require_findable
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.objectives.registry import FUNCTIONS, vector_names
 
@@ -113,7 +114,6 @@ def test_start_values_of_calibrated_objectives(beta, weight):
         loss, gradient = losses_and_gradient(objective, REFERENCE[:1, :2], REFERENCE[:1, :2], LENGTHS[:1, :2])
         assert loss.tolist() == pytest.approx([value], rel=1e-12)
         assert gradient[0].tolist() == pytest.approx([-slope, slope], rel=1e-12)
-        assert objective.start_loss == pytest.approx(value, rel=1e-12)
         assert objective.calibration_target == 0.5 / beta
 
 
@@ -127,10 +127,12 @@ def test_start_values_of_calibrated_objectives(beta, weight):
 )
 def test_start_values_printed_in_the_specification(beta, target, full, half, slope):
     objective = get_objective("cal_dpo", beta=beta)
-    _, gradient = losses_and_gradient(objective, REFERENCE[:1, :2], REFERENCE[:1, :2], LENGTHS[:1, :2])
+    start = REFERENCE[:1, :2], REFERENCE[:1, :2], LENGTHS[:1, :2]
+    loss, gradient = losses_and_gradient(objective, *start)
     assert objective.calibration_target == pytest.approx(target, rel=1e-4)
-    assert objective.start_loss == pytest.approx(full, rel=1e-4)
-    assert get_objective("cal_dpo", beta=beta, calibration_weight=0.5).start_loss == pytest.approx(half, rel=1e-4)
+    assert loss.item() == pytest.approx(full, rel=1e-4)
+    halved = get_objective("cal_dpo", beta=beta, calibration_weight=0.5)
+    assert halved(*start).losses.item() == pytest.approx(half, rel=1e-4)
     assert gradient[0, 0].item() == pytest.approx(slope, rel=1e-4)
 
 
@@ -153,12 +155,6 @@ def test_start_values_of_the_other_objectives(beta):
         loss, gradient = losses_and_gradient(objective, REFERENCE[:1, :2], REFERENCE[:1, :2], LENGTHS[:1, :2])
         assert loss.tolist() == pytest.approx([value], rel=1e-12)
         assert gradient[0].tolist() == pytest.approx(slopes, rel=1e-12)
-        assert objective.start_loss == pytest.approx(value, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["cpo", "dpo_nll", "sft"])
-def test_start_loss_is_unknown_where_it_depends_on_the_data(name):
-    assert get_objective(name).start_loss is None
 
 
 # --------------------------------------------------------------------------------------------------------- identities
@@ -441,15 +437,6 @@ def test_names_of_other_projects_give_the_same_objective():
         get_objective("dpo", betas=0.1)
 
 
-def test_describe_is_one_line_with_formula_parameters_and_start_value():
-    assert get_objective("cal_dpo", calibration_weight=0.5).describe() == (
-        "cal_dpo(beta=0.001, calibration_weight=0.5): loss = -log σ(Δ) + 0.5·[(h_w - 500)² + (h_l + 500)²];"
-        " 250001 where policy = reference"
-    )
-    assert get_objective("sft").describe() == "sft(): loss = -p_w/n_w"
-    assert "alpha" not in get_objective("f_dpo", divergence="js").describe()
-
-
 def test_a_config_section_gives_back_its_objective():
     section = parse_objective({"name": "f_dpo", "divergence": "alpha", "beta": 0.2})
     assert get_objective(**section.model_dump()).parameters == {"beta": 0.2, "divergence": "alpha", "alpha": 0.5}
@@ -521,8 +508,7 @@ def test_own_function_equals_the_built_in_one():
     batch = POLICY[:, :2], REFERENCE[:, :2], LENGTHS[:, :2]
     assert_same(losses_and_gradient(own, *batch), losses_and_gradient(get_objective("slic", beta=0.02), *batch))
     assert list(own(*batch).terms) == ["loss"]
-    assert (own.needs_reference, own.min_responses, own.calibration_target, own.start_loss) == (True, 2, None, None)
-    assert own.describe() == "own_losses:hinge(beta=0.02): loss = hinge(policy_logps, reference_logps, lengths)"
+    assert (own.needs_reference, own.min_responses, own.calibration_target) == (True, 2, None)
     with pytest.raises(ValueError, match="reference_logps is None"):
         own(POLICY, None, LENGTHS)
 
@@ -557,6 +543,17 @@ def test_own_function_gets_the_columns_it_asks_for():
 def test_own_function_that_cannot_be_used_is_explained(name, parameters, says):
     with pytest.raises(ValueError, match=says):
         get_objective(name, **parameters)
+
+
+@pytest.mark.usefixtures("custom")
+def test_a_module_that_is_missing_is_found_out_without_loading_one():
+    require_findable("dpo")
+    require_findable("own_losses:hinge")
+    require_findable("unparsable_losses:f")
+    assert not {"own_losses", "unparsable_losses"} & set(sys.modules)
+    for name in ("no_such_module:f", "no_such_package.module:f", "own_losses.module:f"):
+        with pytest.raises(NotReady, match=f"{name}: cannot import .*[Nn]o.*; install it on every node"):
+            require_findable(name)
 
 
 @pytest.mark.usefixtures("custom")

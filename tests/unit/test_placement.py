@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from caldpo_ray.config import load_config
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
+from caldpo_ray.loggers import require_installed
 from caldpo_ray.placement import Bundle, Node, bundles, require_placeable, unplaced
 
 CPU_NODE = Node("a", {"CPU": 2.0}, {})
@@ -59,3 +60,40 @@ def test_a_cluster_that_is_too_small_is_described(tmp_path: Path, monkeypatch: p
     assert require_placeable(load_config(path, crowded), True) is False
     with pytest.raises(InputError, match=r"reference\.store=null needs both at once"):
         require_placeable(load_config(path, [*crowded, "reference.store=null"]), True)
+
+
+def test_data_tasks_need_a_place_before_the_others_not_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [CPU_NODE])
+    full = ["train.num_cpus_per_worker=1.5", "train.placement_timeout_seconds=0.01"]
+    assert require_placeable(load_config(path, full), True) is True
+    nowhere = load_config(path, [*full, "data.label_selector={zone: x}"])
+    with pytest.raises(NotReady, match=r"a data task needs 0\.5 CPU on .*'zone': 'x'.*change data\.label_selector"):
+        require_placeable(nowhere, True)
+    assert require_placeable(nowhere, True, needs_data=False) is True
+
+
+def test_a_reference_alone_needs_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {use_gpu: true}")
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [CPU_NODE])
+    config = load_config(path, ["reference.num_cpus_per_actor=2", "train.placement_timeout_seconds=0.01"])
+    assert require_placeable(config, True, needs_workers=False) is True
+    with pytest.raises(NotReady, match="policy worker"):
+        require_placeable(config, True)
+
+
+@pytest.mark.parametrize("error", [InputError("a: b"), NotReady("a: b"), RunError("a: b")])
+def test_an_error_told_as_text_keeps_its_kind(error: InputError | RunError) -> None:
+    with pytest.raises(type(error), match=r"^a: b$") as caught:
+        raise_told(tell(error))
+    assert type(caught.value) is type(error)
+    raise_told("")
+
+
+def test_a_logger_that_is_not_installed_may_be_installed() -> None:
+    with pytest.raises(NotReady, match=r"no_such_logger is not installed; pip install"):
+        require_installed(["no_such_logger"])

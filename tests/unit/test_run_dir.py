@@ -11,6 +11,8 @@ from caldpo_ray.run_dir import (
     newest_metrics,
     open_run_dir,
     read_metrics,
+    require_lasting_folders,
+    require_writable,
     truncate_metrics,
 )
 
@@ -47,16 +49,28 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(InputError, match=r"run\.output_dir"):
         open_run_dir(config(tmp_path), fresh=False)
+    with pytest.raises(InputError, match=r"run\.output_dir .*cannot write .*give a writable folder"):
+        require_writable(config(tmp_path))
+
+
+def test_asking_whether_a_folder_can_be_written_leaves_no_file(tmp_path: Path) -> None:
+    require_writable(config(tmp_path))
+    assert list((tmp_path / "runs" / "run").iterdir()) == []
 
 
 def test_urls_and_packaged_working_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="all nodes share"):
         open_run_dir(config(tmp_path, "run.output_dir=s3://bucket/runs"), fresh=False)
+    with pytest.raises(InputError, match=r"reference\.store s3://bucket/store: .*all nodes share"):
+        open_run_dir(config(tmp_path, "reference.store=s3://bucket/store"), fresh=False)
     packaged = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "x"
     packaged.mkdir(parents=True)
     monkeypatch.chdir(packaged)
     with pytest.raises(InputError, match="absolute folder on shared storage"):
         open_run_dir(config(tmp_path, "run.output_dir=runs"), fresh=False)
+    with pytest.raises(InputError, match=r"reference\.store store: .*absolute folder on shared storage"):
+        require_lasting_folders(config(tmp_path, "reference.store=store"))
+    require_lasting_folders(config(tmp_path, "reference.store=null"))
     open_run_dir(config(tmp_path), fresh=False)
 
 

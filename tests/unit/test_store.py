@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.store import (
     Digests,
     ReferenceStore,
@@ -64,8 +64,24 @@ def test_a_damaged_part_is_refused_by_name(store: ReferenceStore) -> None:
     entries(store, 1)
     part = next(store.folder.glob("part-*"))
     part.write_bytes(part.read_bytes()[:-1] + b"\0")
-    with pytest.raises(InputError, match=part.name):
+    with pytest.raises(NotReady, match=part.name):
         store.load()
+
+
+def test_what_cannot_be_read_is_named(store: ReferenceStore, tmp_path: Path) -> None:
+    part = store.folder / "part-00.parquet"
+    part.mkdir()  # unreadable even for root
+    for read in (store.load, lambda: list_references(tmp_path)):
+        with pytest.raises(NotReady, match=part.name):
+            read()
+    part.rmdir()
+    part.write_bytes(b"no Parquet")
+    with pytest.raises(NotReady, match=part.name):
+        list_references(tmp_path)
+    part.unlink()
+    (store.folder / "manifest.json").write_text("{")
+    with pytest.raises(NotReady, match=r"manifest\.json"):
+        list_references(tmp_path)
 
 
 def test_an_unfinished_part_is_not_read(store: ReferenceStore) -> None:
@@ -92,7 +108,7 @@ def test_list_and_remove(store: ReferenceStore, tmp_path: Path) -> None:
 
 def test_a_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"reference\.store"):
+    with pytest.raises(NotReady, match=r"reference\.store"):
         ReferenceStore.create(tmp_path / "file", "key", {})
 
 
