@@ -54,10 +54,11 @@ class PolicyTrainer(DataParallelTrainer):
         A process with a runtime environment of its own imports Ray twice and cannot be one that Ray started ahead.
         """
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        variables = get_env_vars_to_propagate()
+        arguments = _controller_variables()
+        variables = {name: value for name, value in get_env_vars_to_propagate().items() if name not in arguments}
         environment = {"runtime_env": {"env_vars": variables}} if variables else {}
         controller_class = ray.remote(num_cpus=0, label_selector=here, **environment)(Controller)
-        controller = controller_class.remote(_controller_variables(), **of_the_run)
+        controller = controller_class.remote(arguments, **of_the_run)
         try:
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())
@@ -71,19 +72,18 @@ class Controller(TrainController):  # type: ignore[misc]
     """Ray Train's controller, with what it reads from its environment as an argument."""
 
     def __init__(self, variables: dict[str, str], **of_the_run: Any) -> None:
-        given = {
-            name: os.environ.setdefault(name, value) for name, value in variables.items() if name not in os.environ
-        }
+        added = variables.keys() - os.environ.keys()
+        os.environ |= {name: variables[name] for name in added}
         super().__init__(**of_the_run)
-        for name in given:  # or every worker would get them in a runtime environment
+        for name in added:  # or every worker would get them in a runtime environment
             del os.environ[name]
 
 
 def _controller_variables() -> dict[str, str]:
-    variables = {HEALTH_CHECK_INTERVAL_S_ENV_VAR: CONTROLLER_POLL_SECONDS}
-    if "RAY_ADDRESS" not in os.environ:  # a cluster of this host alone: nobody drains it under a run
-        variables[ENABLE_PREEMPTION_WATCHER_ENV_VAR] = "0"
-    return variables
+    """What the user set, else how often to poll, and no watch for nodes being drained on a cluster of this host alone."""
+    watch = "1" if "RAY_ADDRESS" in os.environ else "0"
+    defaults = {HEALTH_CHECK_INTERVAL_S_ENV_VAR: CONTROLLER_POLL_SECONDS, ENABLE_PREEMPTION_WATCHER_ENV_VAR: watch}
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
 @dataclass

@@ -27,13 +27,16 @@ def cluster() -> Iterator[str]:
 
     ray.init(num_cpus=2, num_gpus=3, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
     address: str = ray.get_runtime_context().gcs_address
-    os.environ["RAY_ADDRESS"] = address
+    # Nobody drains this cluster, and the watcher would be one more process of every run.
+    shared = {"RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+    os.environ |= shared
     yield address
-    del os.environ["RAY_ADDRESS"]
+    for name in shared:
+        del os.environ[name]
     ray.shutdown()
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
     """The first true value of `condition`; fails naming what was waited for."""
     deadline, pause = time.monotonic() + seconds, threading.Event()
     while not (value := condition()):

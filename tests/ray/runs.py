@@ -55,7 +55,7 @@ class Run:
 
         wait_until(reached, f"step {step}")
 
-    def finish(self, expect: int = 0, seconds: float = 240.0) -> str:
+    def finish(self, expect: int = 0, seconds: float = 400.0) -> str:
         output = self.process.communicate(timeout=seconds)[0]
         assert self.process.returncode == expect, output
         return output
