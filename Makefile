@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test bench lint
 
 install: $(STAMP)
 
@@ -26,6 +26,10 @@ test: install
 	@echo "Tests: unit tests on all cores first, then tests on one local Ray cluster"
 	@$(BIN)/python -m pytest --numprocesses auto tests/unit tests/parity
 	@$(BIN)/python -m pytest tests/ray
+
+bench: install
+	@echo "Benchmark: this project and TRL on the same rows, one after the other (about half an hour on two cores)"
+	@$(BIN)/python tests/benchmarks/throughput.py
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
