@@ -16,7 +16,7 @@ import numpy as np
 
 from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
 from caldpo_ray.config import Config
-from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
@@ -96,8 +96,7 @@ class Progress:
     def raise_failure(self) -> None:
         """Raise what the run failed with, if it did."""
         if self.failure is not None:
-            kind, message = self.failure
-            raise (InputError if kind == InputError.__name__ else RunError)(message)
+            raise_told(": ".join(self.failure))
 
 
 class StaleAttempt(RuntimeError):

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def large_imports() -> Iterator[None]:
-    """No collection in here, and none later looks at what was made in here.
+    """No collection in here: torch and transformers make objects by the million that live as long as the process.
 
-    torch and transformers make objects by the million that live as long as the process; collecting among them takes a
-    seventh of a policy worker's start. Works as a decorator, too.
+    Collecting among them takes a seventh of a policy worker's start. What became garbage meanwhile (models are loaded in
+    here, too) goes with the next collection. Works as a decorator.
     """
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()

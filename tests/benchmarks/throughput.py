@@ -9,6 +9,7 @@ machine, as often as asked. Rates are those of the steps after the first two; wh
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -111,7 +112,8 @@ def run_ours(setting: Setting, lora: bool) -> Measured:
         if not first and metrics.exists():
             first = time.time()
         peaks |= policy_peaks(process.pid)
-        time.sleep(0.2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
     if process.returncode != 0:
         raise SystemExit(f"caldpo train failed with code {process.returncode}")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

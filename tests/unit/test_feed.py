@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.feed import Feed, MicroBatch, Request, Share, SplitName, StaleAttempt, split_rows
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
@@ -89,6 +89,18 @@ def test_a_node_that_does_not_see_the_rows_says_so(folder: str) -> None:
             await feed.share(request(0, 0, 2))
         with pytest.raises(InputError, match="rows-elsewhere"):
             (await feed.progress()).raise_failure()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", [InputError, NotReady, RunError])
+def test_a_failure_keeps_its_kind(folder: str, kind: type[Exception]) -> None:
+    async def run() -> None:
+        feed = Feed(config(folder), [folder], None)
+        await feed.fail(kind.__name__, "loggers: wandb: cannot start")
+        with pytest.raises(kind, match=r"^loggers: wandb: cannot start$") as raised:
+            (await feed.progress()).raise_failure()
+        assert type(raised.value) is kind
 
     asyncio.run(run())
 
