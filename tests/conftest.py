@@ -25,7 +25,7 @@ def cluster() -> Iterator[str]:
     """Address of a local cluster with the two CPUs that the defaults are made for, and three GPUs in its books."""
     import ray
 
-    ray.init(num_cpus=2, num_gpus=3, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     address: str = ray.get_runtime_context().gcs_address
     # Nobody drains this cluster, and the watcher would be one more process of every run.
     shared = {"RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

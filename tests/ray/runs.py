@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from safetensors.numpy import load_file
 
+import caldpo_ray
 from tests.conftest import wait_until
 
 TIMES = ("pairs_per_second", "tokens_per_second", "wait/reference_seconds", "wait/feed_seconds", "mfu")
@@ -35,30 +36,15 @@ def write_config(folder: Path, world: Path, **sections: dict[str, Any]) -> Path:
 
 @dataclass
 class Run:
-    """One `caldpo train` in a process of its own."""
+    """What a run has left in its directory."""
 
-    process: subprocess.Popen[str]
     path: Path
-    alive: dict[str, Any] = field(default_factory=dict)
-    """What a test saw of it in Ray's state."""
 
     def lines(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"
         return (
             [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
         )
-
-    def wait_for_step(self, step: int) -> None:
-        def reached() -> bool:
-            assert self.process.poll() is None, f"the run ended before step {step}:\n{self.process.communicate()[0]}"
-            return any(line["step"] >= step for line in self.lines())
-
-        wait_until(reached, f"step {step}")
-
-    def finish(self, expect: int = 0, seconds: float = 400.0) -> str:
-        output = self.process.communicate(timeout=seconds)[0]
-        assert self.process.returncode == expect, output
-        return output
 
     def trajectory(self) -> list[dict[str, Any]]:
         """Metrics without what the clock decides."""
@@ -73,25 +59,49 @@ class Run:
         return dict(load_file(self.path / "model" / "model.safetensors"))
 
 
-def start(config: Path, name: str, *overrides: str) -> Run:
+@dataclass
+class LiveRun(Run):
+    """One `caldpo train` in a process of its own, which a test can watch and kill."""
+
+    process: subprocess.Popen[str]
+    alive: dict[str, Any] = field(default_factory=dict)
+    """What a test saw of it in Ray's state."""
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.process.poll() is None, f"the run ended before step {step}:\n{self.process.communicate()[0]}"
+            return any(line["step"] >= step for line in self.lines())
+
+        wait_until(reached, f"step {step}")
+
+    def finish(self, expect: int = 0, seconds: float = 400.0) -> str:
+        output = self.process.communicate(timeout=seconds)[0]
+        assert self.process.returncode == expect, output
+        return output
+
+
+def start(config: Path, name: str, *overrides: str) -> LiveRun:
     command = [sys.executable, "-m", "caldpo_ray", "train", str(config), f"run.name={name}", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output_dir = yaml.safe_load(config.read_text())["run"]["output_dir"]
-    return Run(process, Path(output_dir) / name)
+    return LiveRun(Path(output_dir) / name, process)
 
 
-def train(config: Path, name: str, *overrides: str, expect: int = 0) -> Run:
-    run = start(config, name, *overrides)
-    run.finish(expect)
-    return run
+def train(config: Path, name: str, *overrides: str) -> Run:
+    """A whole run, or the rest of one, driven by this process."""
+    return Run(caldpo_ray.train(config, [f"run.name={name}", *overrides]).path)
 
 
 def pids(class_name: str) -> list[int]:
-    """Processes of live actors of a class, from Ray's own state."""
-    from ray.util.state import list_actors
+    """Processes of live actors of a class."""
+    return [actor["Pid"] for actor in live_actors() if class_name in actor["ActorClassName"]]
 
-    actors = list_actors(filters=[("state", "=", "ALIVE")], detail=True, limit=1000)
-    return [actor.pid for actor in actors if class_name in actor.class_name]
+
+def live_actors() -> list[dict[str, Any]]:
+    """From Ray's own state: its control store, since the public `list_actors` asks the dashboard, a minute of the tests."""
+    from ray._private.state import actors
+
+    return list(actors(actor_state_name="ALIVE").values())
 
 
 def kill(pid: int) -> None:

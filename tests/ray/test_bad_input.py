@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from caldpo_ray.cli import main
-from tests.ray.runs import start, write_config
+from tests.ray.runs import write_config
 
 pytestmark = pytest.mark.ray
 
@@ -163,20 +162,3 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(config: Path, capsys: pyt
     assert (config.parent / "runs" / "nan" / "checkpoints" / "step-00000001").is_dir(), "what was saved is kept"
     status = json.loads((config.parent / "runs" / "nan" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 3)
-
-
-def test_an_interrupted_run_ends_with_130_and_goes_on_with_the_same_rows_only(
-    config: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = tmp_path / "rows.jsonl"
-    shutil.copy(world / "train.jsonl", rows)
-    overrides = [f"data.train={rows}", "train.save_every=2", "train.max_steps=1000", "train.epochs=80"]
-    interrupted = start(config, "interrupted", *overrides)
-    interrupted.wait_for_step(4)
-    interrupted.process.send_signal(signal.SIGINT)
-    assert "Traceback" not in interrupted.finish(130)
-    status = json.loads((interrupted.path / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("interrupted", 130)
-    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
-    message = run(config, capsys, "run.name=interrupted", *overrides)
-    assert "its checkpoint is of another rows" in message

@@ -15,18 +15,9 @@ from caldpo_ray.evaluation import evaluate
 from caldpo_ray.export import export
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.sampling import sample_world
-from tests.ray.runs import write_config
 
 pytestmark = pytest.mark.ray
 NUM_SAMPLES = 50
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, world: Path, cluster: str) -> RunDir:
-    """A short Cal-DPO run that holds out a fifth of its rows."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    config = write_config(folder, world, data={"eval": 0.2}, train={"num_workers": 1})
-    return caldpo_ray.train(config, ["run.name=run"])
 
 
 def store_parts(run: RunDir) -> list[str]:
@@ -34,10 +25,10 @@ def store_parts(run: RunDir) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(run: RunDir) -> dict[str, Any]:
-    before = store_parts(run)
-    found = evaluate(run.path, scores=run.path / "scores.jsonl", num_samples=NUM_SAMPLES)
-    assert before and store_parts(run) == before, "training scored every row by the reference already"
+def evaluated(baseline: RunDir) -> dict[str, Any]:
+    before = store_parts(baseline)
+    found = evaluate(baseline.path, scores=baseline.path / "scores.jsonl", num_samples=NUM_SAMPLES)
+    assert before and store_parts(baseline) == before, "training scored every row by the reference already"
     return found
 
 
@@ -52,40 +43,44 @@ def assert_same_metrics(found: dict[str, Any], expected: dict[str, Any]) -> None
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
 
 
-def test_a_run_measures_what_its_training_measured(run: RunDir, evaluated: dict[str, Any]) -> None:
-    last = [line for line in read_metrics(run.metrics) if line["split"] == "eval"][-1]
+def test_a_run_measures_what_its_training_measured(baseline: RunDir, evaluated: dict[str, Any]) -> None:
+    last = [line for line in read_metrics(baseline.metrics) if line["split"] == "eval"][-1]
     assert_same_metrics(evaluated, last)
-    manifest = json.loads(run.manifest.read_text())
+    manifest = json.loads(baseline.manifest.read_text())
     assert evaluated["eval_rows"] == evaluated["counts"]["loss"] == manifest["eval_rows"] < 400
     assert evaluated["step"] == last["step"] > 6
-    assert json.loads(run.eval.read_text()) == evaluated
+    assert json.loads(baseline.eval.read_text()) == evaluated
 
 
-def test_scores_agree_with_the_metrics(run: RunDir, evaluated: dict[str, Any]) -> None:
-    rewards = np.array([line["reward"] for line in scores_of(run.path / "scores.jsonl")]).reshape(-1, 2)
+def test_scores_agree_with_the_metrics(baseline: RunDir, evaluated: dict[str, Any]) -> None:
+    rewards = np.array([line["reward"] for line in scores_of(baseline.path / "scores.jsonl")]).reshape(-1, 2)
     assert len(rewards) == evaluated["eval_rows"]
     assert evaluated["rewards/accuracies"] == pytest.approx((rewards[:, 0] > rewards[:, 1]).mean())
     assert evaluated["rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), rel=1e-4)
 
 
-def test_a_world_run_is_sampled_beside_its_reference(run: RunDir, evaluated: dict[str, Any]) -> None:
-    expected = sample_world(str(run.model), str(run.init), num_samples=NUM_SAMPLES, seed=7)
+def test_a_world_run_is_sampled_beside_its_reference(baseline: RunDir, evaluated: dict[str, Any]) -> None:
+    expected = sample_world(str(baseline.model), str(baseline.init), num_samples=NUM_SAMPLES, seed=7)
     assert {name: evaluated[f"world/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert evaluated["world/kl"] > 0 and evaluated["world/num_samples"] == NUM_SAMPLES
 
 
 def test_an_exported_model_carries_what_it_was_trained_against(
-    run: RunDir, world: Path, tmp_path: Path, evaluated: dict[str, Any]
+    baseline: RunDir, world: Path, tmp_path: Path, evaluated: dict[str, Any]
 ) -> None:
-    config = caldpo_ray.load_config(run.config)
-    target, before, file = export(run.path, tmp_path / "exported"), store_parts(run), tmp_path / "scores.jsonl"
-    overrides = [f"reference.store={config.reference.store}", f"run.output_dir={run.path.parent}"]
-    found = evaluate(target, data=str(world / "train.jsonl"), scores=file, overrides=overrides, num_samples=2)
-    assert found["objective"] == evaluated["objective"] and found["eval_rows"] == 400
-    assert store_parts(run) == before, "the same reference: its log-probs were all known"
-    of_run = {(line["row_id"], line["response"]): line["reward"] for line in scores_of(run.path / "scores.jsonl")}
+    config = caldpo_ray.load_config(baseline.config)
+    target, before, file = (
+        export(baseline.path, tmp_path / "exported"),
+        store_parts(baseline),
+        tmp_path / "scores.jsonl",
+    )
+    overrides = [f"reference.store={config.reference.store}", f"run.output_dir={baseline.path.parent}"]
+    found = evaluate(target, data=str(world / "eval.jsonl"), scores=file, overrides=overrides, num_samples=2)
+    assert found["objective"] == evaluated["objective"] and found["eval_rows"] == 80
+    assert store_parts(baseline) == before, "the same reference: its log-probs were all known"
+    of_run = {(line["row_id"], line["response"]): line["reward"] for line in scores_of(baseline.path / "scores.jsonl")}
     again = {(line["row_id"], line["response"]): line["reward"] for line in scores_of(file)}
-    assert {key: again[key] for key in of_run} == pytest.approx(of_run, abs=1e-4)
+    assert again == pytest.approx(of_run, abs=1e-4)
 
 
 def random_model(world: Path, folder: Path, seed: int) -> Path:

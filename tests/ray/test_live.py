@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import wait_until
-from tests.ray.runs import Run, pids, start, write_config
+from tests.ray.runs import LiveRun, live_actors, pids, start, write_config
 from tests.ray.test_evaluate import plain_logps
 
 pytestmark = pytest.mark.ray
@@ -48,14 +48,12 @@ def dataset_executions(job: str) -> list[str]:
 
 
 def job_of(pid: int) -> str:
-    from ray.util.state import list_actors
-
-    (job,) = {actor.job_id for actor in list_actors(detail=True, limit=1000) if actor.pid == pid}
+    (job,) = {actor["JobID"] for actor in live_actors() if actor["Pid"] == pid}
     return str(job)
 
 
 @pytest.fixture(scope="module")
-def run(world: Path, rows: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Run:
+def run(world: Path, rows: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory, cluster: str) -> LiveRun:
     """Two policy workers and a reference actor, each with a GPU of its own in Ray's books, seen alive and then finished."""
     folder = tmp_path_factory.mktemp("live")
     config = write_config(
@@ -74,12 +72,12 @@ def run(world: Path, rows: Path, reference: Path, tmp_path_factory: pytest.TempP
     return run
 
 
-def observed(run: Run) -> dict[int, list[dict[str, Any]]]:
+def observed(run: LiveRun) -> dict[int, list[dict[str, Any]]]:
     files = sorted(run.path.parents[1].glob("[0-9].jsonl"))
     return {int(file.stem): [json.loads(line) for line in file.read_text().splitlines()] for file in files}
 
 
-def test_two_policy_processes_form_one_group_beside_one_reference_actor(run: Run) -> None:
+def test_two_policy_processes_form_one_group_beside_one_reference_actor(run: LiveRun) -> None:
     ranks = observed(run)
     assert sorted(ranks) == [0, 1]
     assert sorted(run.alive["policy"]) == sorted({fact["pid"] for facts in ranks.values() for fact in facts})
@@ -89,26 +87,26 @@ def test_two_policy_processes_form_one_group_beside_one_reference_actor(run: Run
     assert len({*run.alive["policy"], *run.alive["scorer"], *run.alive["feed"]}) == 4
 
 
-def test_the_reference_is_one_dataset_execution_however_many_epochs(run: Run) -> None:
+def test_the_reference_is_one_dataset_execution_however_many_epochs(run: LiveRun) -> None:
     assert run.alive["executions while the reference scores"].count("RUNNING") == 1
     assert len(run.alive["executions in all"]) == 2, "rows, and reference"
     assert run.lines()[-1]["epoch"] == STEPS
 
 
-def test_no_policy_process_ever_held_the_reference(run: Run, world: Path) -> None:
+def test_no_policy_process_ever_held_the_reference(run: LiveRun, world: Path) -> None:
     hidden = AutoConfig.from_pretrained(world / "model").hidden_size
     largest = max(fact["largest_tensor"] for facts in observed(run).values() for fact in facts)
     assert largest < REFERENCE_VOCABULARY * hidden / 10
 
 
-def test_policy_and_reference_have_gpus_of_their_own(run: Run) -> None:
+def test_policy_and_reference_have_gpus_of_their_own(run: LiveRun) -> None:
     places = json.loads((run.path / "manifest.json").read_text())["places"]
     gpus = [(place["node"], gpu) for place in places for gpu in place["gpus"]]
     assert sorted(place["role"] for place in places) == ["policy worker", "policy worker", "reference actor"]
     assert len(gpus) == len(set(gpus)) == 3
 
 
-def test_its_log_ratios_are_those_of_plain_transformers(run: Run, rows: Path, reference: Path) -> None:
+def test_its_log_ratios_are_those_of_plain_transformers(run: LiveRun, rows: Path, reference: Path) -> None:
     gaps = plain_logps(run.path / "init", rows) - plain_logps(reference, rows)
     first = run.lines()[0]
     assert first["logratios/chosen"] == pytest.approx(gaps[:, 0].mean(), abs=1e-3)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from caldpo_ray.run_dir import read_metrics
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"
@@ -48,6 +50,12 @@ def test_it_leaves_four_models_a_figure_and_five_lines(folder: Path, first: str)
         assert (folder / "runs/quickstart" / run / "model" / "model.safetensors").is_file()
     assert (folder / "runs/quickstart/figure.png").read_bytes().startswith(b"\x89PNG")
     assert len(conclusion(first)) == 5
+
+
+def test_the_supervised_base_learns(folder: Path, first: str) -> None:
+    """From completions alone, without a reference."""
+    losses = [line["loss"] for line in read_metrics(folder / "runs/quickstart/sft/metrics.jsonl")]
+    assert len(losses) == 4 and losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
 
 
 def test_the_reference_is_scored_once_for_all_three_runs(folder: Path, first: str) -> None:

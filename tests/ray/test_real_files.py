@@ -20,12 +20,24 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# file -> (overrides, rows that are usable, responses of a row)
-FILES = {
-    "llama-factory/dpo_en_demo.json.gz": (["data.max_length=2048"], 300, 2),
-    "llama-factory/dpo_zh_demo.json.gz": (["data.max_length=2048"], 300, 2),
-    "llms-from-scratch/instruction-data-with-preference.json": ([], 1094, 2),
-    "fine-grained-rlhf/qa_feedback_dev.json.gz": (["data.format=examples.row_functions:fine_grained_rlhf"], 488, 4),
+# What runs together: files, overrides, usable rows, responses of a row. The format of the first three is recognised row by row.
+SOURCES: dict[str, tuple[list[str], list[str], int, int]] = {
+    "recognised": (
+        [
+            "llama-factory/dpo_en_demo.json.gz",
+            "llama-factory/dpo_zh_demo.json.gz",
+            "llms-from-scratch/instruction-data-with-preference.json",
+        ],
+        ["data.max_length=2048"],
+        300 + 300 + 1094,
+        2,
+    ),
+    "by a row function": (
+        ["fine-grained-rlhf/qa_feedback_dev.json.gz"],
+        ["data.format=examples.row_functions:fine_grained_rlhf"],
+        488,
+        4,
+    ),
 }
 
 
@@ -43,7 +55,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=4096, special_tokens=["<pad>", "<eos>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    found = [text for name in FILES if (DATA / name).exists() for text in texts(DATA / name)]
+    files = [DATA / name for names, *_ in SOURCES.values() for name in names]
+    found = [text for file in files if file.exists() for text in texts(file)]
     tokenizer.train_from_iterator(found, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.chat_template = CHATML
@@ -55,20 +68,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("source", SOURCES)
 def test_preview_and_reference_build(
-    name: str,
+    source: str,
     model: Path,
     cluster: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if not (DATA / name).exists():
-        pytest.skip(f"needs {name}, which is not part of the project")
-    overrides, num_rows, k = FILES[name]
+    files, overrides, num_rows, k = SOURCES[source]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in files:
+        if not (DATA / name).exists():
+            pytest.skip(f"needs {name}, which is not part of the project")
+        (folder / Path(name).name).symlink_to(DATA / name)
     values = {
-        "run": {"output_dir": str(tmp_path)}, "model": {"name_or_path": str(model)}, "data": {"train": str(DATA / name)},
+        "run": {"output_dir": str(tmp_path)}, "model": {"name_or_path": str(model)}, "data": {"train": str(folder)},
         "objective": {"name": "cal_dpo", "beta": 0.1},
     }  # fmt: skip
     config = tmp_path / "real.yaml"
@@ -81,7 +98,7 @@ def test_preview_and_reference_build(
         assert stopped.value.code == 0, output.err
     said = output.out.splitlines()
     assert "reference: complete in" in said[-1]
-    (folder,) = (path.parent for path in tmp_path.glob(".cache/rows/*/manifest.json"))
-    rows = RowCache([folder])
+    (cache,) = (path.parent for path in tmp_path.glob(".cache/rows/*/manifest.json"))
+    rows = RowCache([cache])
     assert len(rows) == num_rows, said
     assert rows.response_counts().tolist() == [k] * num_rows
