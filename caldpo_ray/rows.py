@@ -6,7 +6,6 @@ same bytes on disk as in memory (the reason Hugging Face `datasets` uses them to
 
 import hashlib
 import json
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from caldpo_ray.errors import InputError, last_line
 from caldpo_ray.schema import Floats, Row, Tokens
+from caldpo_ray.storage import local_copy, open_path, write_atomically
 from caldpo_ray.tokenization import response_digest
 
 ARROW_SCHEMA = pa.schema(
@@ -65,13 +65,6 @@ def write_part(folder: Path, rows: Sequence[Row], order: tuple[int, int]) -> Par
     name = f"{hashlib.sha256(data).hexdigest()[:32]}.arrow"
     write_atomically(folder / name, data)
     return Part(name, len(rows), order)
-
-
-def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
-    """A reader sees the whole file or none."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    scratch.write_bytes(data.encode() if isinstance(data, str) else memoryview(data))
-    scratch.replace(path)
 
 
 def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -> None:
@@ -146,10 +139,11 @@ class RowCache:
         self._parts: list[_PartView] = []
         sizes: list[int] = []
         self.folder_sizes: list[int] = []
-        for folder in map(Path, folders):
+        for folder in map(open_path, folders):
             parts = read_manifest(folder)["parts"]
             try:
-                self._parts += [_PartView(folder / part["name"]) for part in parts]
+                here = local_copy(folder)
+                self._parts += [_PartView(here / part["name"]) for part in parts]
             except (OSError, pa.ArrowException) as error:
                 raise InputError(
                     f"row cache {folder}: a part cannot be read ({last_line(error)}); remove the folder, and it is made again"

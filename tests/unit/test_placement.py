@@ -96,4 +96,4 @@ def test_an_error_told_as_text_keeps_its_kind(error: InputError | RunError) -> N
 
 def test_a_logger_that_is_not_installed_may_be_installed() -> None:
     with pytest.raises(NotReady, match=r"no_such_logger is not installed; pip install"):
-        require_installed(["no_such_logger"])
+        require_installed(["no_such_logger"], "runs/run")
