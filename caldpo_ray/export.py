@@ -108,7 +108,8 @@ def _require_complete(run: RunDir) -> None:
 
 def _write_model(run: RunDir, target: Path) -> None:
     make_folder(target.parent)
-    model = local_copy(run.model)
+    with reaching("run", run.path):
+        model = local_copy(run.model)
     with publishing(target) as scratch:
         if (model / "adapter_config.json").exists():
             config = load_config(run.config)

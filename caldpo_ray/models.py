@@ -27,6 +27,7 @@ from caldpo_ray.storage import (
     open_path,
     publishing,
     reaching,
+    read_bytes,
     write_atomically,
 )
 from caldpo_ray.tokenization import check_tokenizer
@@ -161,7 +162,7 @@ def _signature(*folders: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return dict(json.loads(read_bytes(path))) if path.exists() else {}
 
 
 def _write_once(target: Path, write: Any) -> None:

@@ -45,7 +45,7 @@ from caldpo_ray.run_dir import (
     require_lasting_folders,
     require_writable,
 )
-from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, write_atomically
+from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
 
 
@@ -339,7 +339,7 @@ def _newest_step(run: RunDir) -> int:
     snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
     if not snapshot.exists():
         return 0
-    names = [found["checkpoint_dir_name"] for found in json.loads(snapshot.read_text())["checkpoint_results"]]
+    names = [found["checkpoint_dir_name"] for found in json.loads(read_bytes(snapshot))["checkpoint_results"]]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 

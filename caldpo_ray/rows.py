@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from caldpo_ray.errors import InputError, last_line
 from caldpo_ray.schema import Floats, Row, Tokens
-from caldpo_ray.storage import local_copy, open_path, write_atomically
+from caldpo_ray.storage import local_copy, open_path, read_bytes, write_atomically
 from caldpo_ray.tokenization import response_digest
 
 ARROW_SCHEMA = pa.schema(
@@ -77,7 +77,7 @@ def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Facts and parts of a finished row cache."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads(read_bytes(folder / "manifest.json"))
     except OSError:
         raise InputError(
             f"row cache {folder}: manifest.json cannot be read from this node; run.output_dir must be a folder that all nodes share"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from caldpo_ray.config import Config, load_config, save_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.storage import is_remote, open_path, probe_write, reaching, write_atomically
+from caldpo_ray.storage import is_remote, open_path, probe_write, reaching, read_bytes, write_atomically
 
 State = Literal["running", "complete", "failed", "interrupted"]
 TAIL_BYTES = 2**16  # holds some dozens of metrics lines
@@ -62,7 +62,7 @@ class RunDir:
 
     def read_status(self) -> dict[str, Any]:
         """State, exit code and reason of the last attempt; empty for a new run."""
-        return dict(json.loads(self.status.read_text())) if self.status.exists() else {}
+        return dict(json.loads(read_bytes(self.status))) if self.status.exists() else {}
 
     def write_status(
         self, state: State, exit_code: int | None, reason: str, identity: str, inputs: str | None = None
@@ -158,7 +158,7 @@ def append_metrics(path: Path, line: dict[str, Any]) -> None:
         return
     part = _part(path, line["step"])
     try:
-        before = part.read_text()
+        before = read_bytes(part).decode()
     except FileNotFoundError:
         before = ""
     write_atomically(part, before + text)
@@ -175,7 +175,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
             write_atomically(_part(path, step), "".join(json.dumps(line) + "\n" for line in lines))
         path.unlink()
     for part in _parts(path):
-        text = part.read_text()
+        text = read_bytes(part).decode()
         if kept := _up_to(text, last_step):
             if kept != text:
                 write_atomically(part, kept)
@@ -187,7 +187,7 @@ def finish_metrics(path: Path) -> None:
     """Make one file of the parts. The file is there before they go, and readers prefer it."""
     parts = _parts(path)
     if parts and not path.exists():
-        write_atomically(path, "".join(part.read_text() for part in parts))
+        write_atomically(path, b"".join(map(read_bytes, parts)))
     for part in parts:
         part.unlink()
 
@@ -195,12 +195,12 @@ def finish_metrics(path: Path) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines, of the file or of its parts."""
     files = [path] if path.exists() else _parts(path)
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in files for line in read_bytes(file).splitlines()]
 
 
 def newest_metrics(path: Path) -> dict[str, Any] | None:
     """The last complete line of training, read from the end of the file."""
-    ends = (part.read_bytes() for part in reversed(_parts(path))) if is_remote(path) else _end(path)
+    ends = (read_bytes(part) for part in reversed(_parts(path))) if is_remote(path) else _end(path)
     for end in ends:
         *lines, _ = end.split(b"\n")  # the last piece is empty, or a line that is being written
         for line in reversed(lines):

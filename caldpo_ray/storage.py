@@ -96,6 +96,15 @@ def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
     scratch.replace(path)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The file as it was at one moment. pathlib on object storage asks twice, and fails where another process writes meanwhile."""
+    if not is_remote(path):
+        return path.read_bytes()
+    filesystem, name = _filesystem(path)
+    content: bytes = filesystem.cat_file(name)
+    return content
+
+
 def remove_tree(folder: Path) -> None:
     """Delete a folder and all in it. Raises FileNotFoundError where there is none."""
     if not is_remote(folder):

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from caldpo_ray.errors import InputError, NotReady, last_line
 from caldpo_ray.schema import Floats
-from caldpo_ray.storage import make_folder, open_path, reaching, remove_tree, write_atomically
+from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, remove_tree, write_atomically
 
 VERSION = 1
 Digests = npt.NDArray[np.void]  # V16
@@ -133,7 +133,7 @@ def _digest_array(column: pa.ChunkedArray) -> Digests:
 
 def _read_part(path: Path) -> pa.Table:
     with _readable(path):
-        data = path.read_bytes()
+        data = read_bytes(path)
     if hashlib.sha256(data).hexdigest()[:32] != path.stem.removeprefix("part-"):
         raise NotReady(
             f"reference store {path}: its content does not match its checksum (a damaged or edited file); delete this file, and its"
@@ -161,7 +161,7 @@ def list_references(root: str | Path) -> list[dict[str, Any]]:
         parts = list(manifest.parent.glob("part-*.parquet"))
         entries = sum(_num_entries(part) for part in parts)
         with _readable(manifest):
-            facts = json.loads(manifest.read_text())
+            facts = json.loads(read_bytes(manifest))
         found.append(
             {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
         )
