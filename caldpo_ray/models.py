@@ -197,13 +197,15 @@ def _merge_adapter(folder: Path, target: Path, trust_remote_code: bool) -> None:
 def _with_local_base(adapter: Path) -> Iterator[Path]:
     """The adapter's folder, or a copy of it that names the copy on this node of a base on object storage."""
     settings = _read_json(adapter / "adapter_config.json")
-    if not is_remote(settings["base_model_name_or_path"]):
+    base = str(settings.get("base_model_name_or_path"))
+    if not is_remote(base):
         yield adapter
         return
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(adapter, folder, dirs_exist_ok=True)
-        settings["base_model_name_or_path"] = local_name(settings["base_model_name_or_path"])
-        (Path(folder) / "adapter_config.json").write_text(json.dumps(settings))
+        (Path(folder) / "adapter_config.json").write_text(
+            json.dumps({**settings, "base_model_name_or_path": local_name(base)})
+        )
         yield Path(folder)
 
 

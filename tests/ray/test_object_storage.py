@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import caldpo_ray
 from caldpo_ray.cli import main
 from caldpo_ray.export import export
 from caldpo_ray.run_dir import read_metrics
 from caldpo_ray.storage import local_copy, open_path
-from tests.ray.runs import Run, kill, write_config
+from tests.ray.runs import Run, kill, train, write_config
 from tests.unit.test_sources_remote import s3
 
 pytestmark = pytest.mark.ray
@@ -84,7 +83,7 @@ def test_a_run_in_a_bucket_killed_and_resumed(
         "train": {"num_workers": 1, "epochs": 2, "save_every": 8},
         "data": {"eval": str(held_out)},
     }
-    straight = Run(None, caldpo_ray.train(write_config(tmp_path, world, **sections), ["run.name=run"]).path)
+    straight = train(write_config(tmp_path, world, **sections), "run")
     config = write_config(tmp_path, world, **sections, run={"output_dir": URL})
     caldpo_train = ("-m", "caldpo_ray", "train", str(config), "run.name=run")
 

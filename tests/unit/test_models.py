@@ -58,7 +58,10 @@ def published(folder: Path, url: str) -> str:
     return url
 
 
-def test_a_model_on_object_storage_is_the_same_model(world: Path, drawn: Path, tmp_path: Path) -> None:
+def test_a_model_on_object_storage_is_the_same_model(
+    world: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     root = open_path(f"memory://{tmp_path.name}")
     config = published(world / "model", f"{root}/config")
     found = [resolve_model(config, None, False, root / "init", 0, root / "models.json") for _ in range(2)]
@@ -70,7 +73,8 @@ def test_a_model_on_object_storage_is_the_same_model(world: Path, drawn: Path, t
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["folder", "object storage"])
-def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path, remote: bool) -> None:
+def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     section = ModelSection(name_or_path=published(drawn, f"memory://{tmp_path.name}/base") if remote else str(drawn))
     adapted = add_lora(load_model(section, "float32"), LoraSection(r=2), seed=0)
     plain = load_model(section, "float32")
