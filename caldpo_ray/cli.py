@@ -70,13 +70,13 @@ def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = Fal
 
 @app.command()
 def evaluate(
-    run_or_model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL")],
+    run_or_model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
     overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="Held-out rows; a run knows its own.")] = None,
     reference: Annotated[str | None, typer.Option(help="Reference model; default: the one trained against.")] = None,
     beta: Annotated[float | None, typer.Option(help="Default: the one trained with.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Write one implicit reward per response here.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for eval.json; default: the run or model.")] = None,
+    scores: Annotated[str | None, typer.Option(help="Write one implicit reward per response here.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for eval.json; default: the run or model.")] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Samples drawn from a model of the world.")] = 1000,
     verbose: Verbose = False,
 ) -> None:
@@ -98,8 +98,8 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN")],
-    output: Annotated[Path, typer.Option(help="A new folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    output: Annotated[str, typer.Option(help="A new folder.")],
 ) -> None:
     """Copy a run's model as a Hugging Face folder, LoRA merged."""
     from caldpo_ray.export import export as write
@@ -107,8 +107,8 @@ def export(
     write(run, output)
 
 
-Store = Annotated[Path, typer.Option("--store", help="Folder of the reference store.")]
-DEFAULT_STORE = Path("runs/.cache/reference")
+Store = Annotated[str, typer.Option("--store", help="Folder or URL of the reference store.")]
+DEFAULT_STORE = "runs/.cache/reference"
 
 
 @reference_app.command("build")

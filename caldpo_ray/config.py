@@ -290,7 +290,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
     Raises InputError listing every mistake: the key's path, its value, the rule, and the nearest known key.
     """
-    file = Path(path)
+    file = Path(path) if isinstance(path, str) else path  # of a run on object storage it is no `Path`
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

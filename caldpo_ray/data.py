@@ -26,9 +26,10 @@ from caldpo_ray.errors import InputError, RunError, find_error, last_line, raise
 from caldpo_ray.formats import check_example, get_format, recognise
 from caldpo_ray.models import load_tokenizer
 from caldpo_ray.progress import quiet_data_context
-from caldpo_ray.rows import Part, read_manifest, write_atomically, write_manifest, write_part
+from caldpo_ray.rows import Part, read_manifest, write_manifest, write_part
 from caldpo_ray.schema import BadRow, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
+from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
 from caldpo_ray.tokenization import row_id, tokenise
 
 VERSION = 1
@@ -101,9 +102,13 @@ def read_quarantine(folder: Path) -> str:
 def _write_cache(
     files: list[SourceFile], data: DataSection, model: ModelSection, folder: Path, min_responses: int
 ) -> None:
-    """Run the stage into a scratch folder, then publish it whole."""
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    scratch.mkdir(parents=True)
+    """Run the stage into a scratch folder, then publish it whole.
+
+    On object storage, which cannot rename, parts go where they stay and the manifest makes them count. What a run that stopped
+    left there stays too: another one may be writing the same rows, and parts are named by their content.
+    """
+    scratch = folder if is_remote(folder) else folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    make_folder(scratch)
     try:
         parts: list[Part] = []
         reasons: Counter[str] = Counter()
@@ -124,11 +129,11 @@ def _write_cache(
             "reasons": dict(reasons.most_common()),
         }
         write_manifest(scratch, parts, {"version": VERSION, **counts})
-        if folder.exists():  # another run published the same rows meanwhile
-            return
-        scratch.rename(folder)
+        if not folder.exists():  # else another run published the same rows meanwhile
+            scratch.rename(folder)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch != folder:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _execute(
@@ -205,7 +210,7 @@ def _tokenise_batch(
             continue
         rows.append(row)
         num_truncated += truncated > 0
-    part = asdict(write_part(Path(folder), rows, order)) if rows else None
+    part = asdict(write_part(open_path(folder), rows, order)) if rows else None
     told = str(batch["error"][0])
     return {"report": [json.dumps({"error": told, "part": part, "bad": bad, "num_truncated": num_truncated})]}
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,9 +33,10 @@ from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps, reference_model
-from caldpo_ray.rows import RowCache, write_atomically
+from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
+from caldpo_ray.storage import is_complete, local_copy, open_path, probe_write, reaching, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
 from caldpo_ray.world import is_world
 
@@ -65,13 +65,14 @@ def evaluate(
     world `world/*` from `num_samples` samples (see `sampling.sample_world`). The file `scores` gets one JSON line per
     response. Raises InputError for bad input and RunError when scoring fails.
     """
-    subject = _asked_for(_open(Path(run_or_model), data, overrides), reference, beta, output)
+    with reaching("evaluate", run_or_model):
+        subject = _asked_for(_open(open_path(run_or_model), data, overrides), reference, beta, output)
     config = subject.config
     objective = get_objective(**subject.parameters.model_dump()) if subject.parameters else None
     _require_writable(subject.home, "--output")
     _require_writable(subject.cache, "run.output_dir=")
     if scores is not None:
-        _require_writable(Path(scores).absolute().parent, "--scores")
+        _require_writable(open_path(scores).absolute().parent, "--scores")
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
     connect(verbose)
@@ -93,7 +94,7 @@ def evaluate(
         **({} if sampling is None else _collect(sampling)),
     }
     if scores is not None:
-        write_scores(Path(scores), objective, held_out)
+        write_scores(open_path(scores), objective, held_out)
     write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
     say(f"evaluation in {subject.home / 'eval.json'}")
     return result
@@ -132,7 +133,7 @@ def _open(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
 
 
 def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subject:
-    if not run.model.exists():
+    if not is_complete(run.model):
         state = run.read_status().get("state", "unknown")
         raise InputError(f"run {run.path}: no model yet (state: {state}); the same `caldpo train` command resumes it")
     config = load_config(run.config, overrides)
@@ -167,7 +168,7 @@ def _open_model(path: Path, data: str | None, overrides: Sequence[str]) -> Subje
         file = Path(folder) / "evaluation.yaml"
         file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
         config = load_config(file, overrides)
-    cache, policy = Path(config.run.output_dir).absolute() / ".cache", Weights(str(path), config.model.revision)
+    cache, policy = open_path(config.run.output_dir).absolute() / ".cache", Weights(str(path), config.model.revision)
     frozen = Weights(named["name_or_path"], named["revision"], named["digest"]) if named else None
     return Subject(path.absolute(), cache, config, policy, frozen, config.objective if manifest else None, {})
 
@@ -187,23 +188,21 @@ def _asked_for(subject: Subject, reference: str | None, beta: float | None, outp
         parameters = parse_objective({**parameters.model_dump(), "beta": beta})
     if output is None and not subject.home.is_dir():
         raise InputError(f"{subject.policy.name}: no such run directory or model folder; a hub id needs --output DIR")
-    home = subject.home if output is None else Path(output).absolute()
+    home = subject.home if output is None else open_path(output).absolute()
     return replace(subject, home=home, parameters=parameters)
 
 
 def _require_writable(folder: Path, option: str) -> None:
-    probe = folder / f".write-{uuid.uuid4().hex[:8]}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with reaching(option, folder):
+            probe_write(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another folder with {option}") from None
 
 
 def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
     """Where the weights are; a LoRA adapter is merged once. Raises InputError where they are none or not the run's."""
-    folder = Path(weights.name)
+    folder = open_path(weights.name)
     if weights.init is None and folder.is_dir() and not any(file for p in WEIGHT_PATTERNS for file in folder.glob(p)):
         raise InputError(f"model {folder}: holds no weights; give a folder with safetensors")
     init = weights.init or subject.cache / "merged" / _adapter_key(folder)
@@ -219,7 +218,7 @@ def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
 def _adapter_key(folder: Path) -> str:
     """Digest of a LoRA adapter and the name of its base."""
     total = hashlib.sha256()
-    for file in sorted(folder.glob("adapter_*")):
+    for file in sorted(local_copy(folder).glob("adapter_*")):
         total.update(file.read_bytes())
     return total.hexdigest()[:16]
 
@@ -264,7 +263,9 @@ def _reference_job(subject: Subject, frozen: ResolvedModel) -> ReferenceJob:
     dtype = config.reference.dtype or config.model.dtype
     if config.reference.store is not None:
         facts = {"model": frozen.path, "weights": frozen.weights, "dtype": dtype}
-        store = ReferenceStore.create(Path(config.reference.store).absolute(), store_key(frozen.weights, dtype), facts)
+        store = ReferenceStore.create(
+            open_path(config.reference.store).absolute(), store_key(frozen.weights, dtype), facts
+        )
     return _job(config, frozen, dtype, store)
 
 

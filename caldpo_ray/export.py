@@ -13,8 +13,17 @@ from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.models import ResolvedModel, resolve_model
 from caldpo_ray.progress import say
-from caldpo_ray.rows import write_atomically
 from caldpo_ray.run_dir import RunDir
+from caldpo_ray.storage import (
+    is_complete,
+    is_remote,
+    local_copy,
+    make_folder,
+    open_path,
+    publishing,
+    reaching,
+    write_atomically,
+)
 
 MODEL_MANIFEST = "caldpo.json"
 TOKENISATION = ("max_length", "max_prompt_length", "truncation", "chat_template")
@@ -72,8 +81,11 @@ def export(run: str | Path, output: str | Path) -> Path:
     Safetensors, tokenizer, card and `caldpo.json`; the folder appears whole or not at all. Raises InputError for a run
     that has not finished and for an output that holds something.
     """
-    source, target = RunDir(Path(run).absolute()), Path(output).absolute()
-    _require_complete(source)
+    if is_remote(output):
+        raise InputError(f"--output {output}: must be a folder; copy it to object storage from there")
+    source, target = RunDir(open_path(run).absolute()), open_path(output).absolute()
+    with reaching("run", run):
+        _require_complete(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output {output}: exists already and is never overwritten; give a new or an empty folder")
     try:
@@ -90,20 +102,19 @@ def _require_complete(run: RunDir) -> None:
             f"run {run.path}: no run directory (no config.yaml in it); give the folder that `caldpo train` made"
         )
     state = run.read_status().get("state", "unknown")
-    if state != "complete" or not run.model.exists():
+    if state != "complete" or not is_complete(run.model):
         raise InputError(f"run {run.path}: not finished (state: {state}); the same `caldpo train` command resumes it")
 
 
 def _write_model(run: RunDir, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    target.rmdir()  # so that it appears by one rename
-    scratch = target.with_name(f".{target.name}.export")
-    shutil.rmtree(scratch, ignore_errors=True)
-    if (run.model / "adapter_config.json").exists():
-        config = load_config(run.config)
-        resolve_weights(str(run.model), None, config, scratch, run.path.parent / ".cache" / "models.json")
-        for name in CARRIED:
-            shutil.copy2(run.model / name, scratch / name)
-    else:
-        shutil.copytree(run.model, scratch)
-    scratch.rename(target)
+    make_folder(target.parent)
+    with reaching("run", run.path):
+        model = local_copy(run.model)
+    with publishing(target) as scratch:
+        if (model / "adapter_config.json").exists():
+            config = load_config(run.config)
+            resolve_weights(str(run.model), None, config, scratch, run.path.parent / ".cache" / "models.json")
+            for name in CARRIED:
+                shutil.copy2(model / name, scratch / name)
+        else:
+            shutil.copytree(model, scratch)

@@ -9,8 +9,8 @@ from typing import Any
 
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError
-from caldpo_ray.models import file_facts
 from caldpo_ray.sources import list_sources
+from caldpo_ray.storage import file_facts, open_path, reaching
 
 
 def input_stamp(config: Config) -> str:
@@ -22,7 +22,7 @@ def input_stamp(config: Config) -> str:
         version("caldpo-ray"),
         config.model_dump(mode="json"),
         [_listed(source) for source in sources],
-        [file_facts(Path(path)) for path in paths if isinstance(path, str)],
+        [_files(path) for path in paths if isinstance(path, str)],
         [file_facts(path) for name in functions if (path := _module_file(name)) is not None],
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -32,6 +32,14 @@ def _listed(source: str) -> Any:
     try:
         return [(file.path, file.fingerprint) for file in list_sources(source)]
     except (InputError, RunError) as error:
+        return str(error)
+
+
+def _files(path: str) -> Any:
+    try:
+        with reaching("file", path):
+            return file_facts(open_path(path))
+    except InputError as error:
         return str(error)
 
 

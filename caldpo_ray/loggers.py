@@ -1,11 +1,13 @@
 """Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, under the same names everywhere."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.errors import NotReady, last_line
+from caldpo_ray.errors import InputError, NotReady, last_line
+from caldpo_ray.storage import is_remote
 
 Line = dict[str, Any]
 Logger = Callable[[int, dict[str, float]], None]
@@ -24,11 +26,19 @@ def open_loggers(names: Sequence[str], run_dir: Path, config: dict[str, Any], id
     return opened
 
 
-def require_installed(names: Sequence[str]) -> None:
-    """Raises NotReady naming the first logger whose package is missing; asked before anything starts."""
+def require_installed(names: Sequence[str], run_dir: str) -> None:
+    """Raises NotReady naming the first logger whose package is missing, InputError for one that cannot write to a URL.
+
+    Asked before anything starts.
+    """
     for name in names:
         if find_spec(name) is None:
             raise NotReady(f"loggers: {name} is not installed; pip install 'caldpo-ray[{name}]'")
+    if "tensorboard" in names and is_remote(run_dir):
+        raise InputError(
+            f"loggers: tensorboard appends to a file in the run directory, which {run_dir} cannot do; use wandb or mlflow,"
+            " or a run.output_dir that is a folder"
+        )
 
 
 def scalars(line: Line) -> dict[str, float]:
@@ -53,9 +63,8 @@ def _wandb(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
     import wandb
 
     # The identity as id: a resumed run goes on in the same place.
-    run = wandb.init(
-        project="caldpo_ray", name=run_dir.name, dir=str(run_dir), config=config, id=identity, resume="allow"
-    )
+    folder = tempfile.mkdtemp(prefix="caldpo-wandb-") if is_remote(run_dir) else str(run_dir)
+    run = wandb.init(project="caldpo_ray", name=run_dir.name, dir=folder, config=config, id=identity, resume="allow")
     return lambda step, values: run.log(values, step=step)
 
 

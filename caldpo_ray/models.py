@@ -6,6 +6,10 @@ a config, or a LoRA adapter, is turned into plain weights once (`<run>/init/`), 
 
 import hashlib
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,19 @@ from typing import Any
 from caldpo_ray.config import LoraSection, ModelSection
 from caldpo_ray.errors import InputError, NotReady, last_line
 from caldpo_ray.imports import large_imports
-from caldpo_ray.rows import write_atomically
+from caldpo_ray.storage import (
+    file_facts,
+    is_complete,
+    is_remote,
+    local_copy,
+    local_name,
+    make_folder,
+    open_path,
+    publishing,
+    reaching,
+    read_bytes,
+    write_atomically,
+)
 from caldpo_ray.tokenization import check_tokenizer
 
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
@@ -42,7 +58,7 @@ def resolve_model(
     Raises InputError for a folder without config, an unreadable file, or a tokenizer that is missing or has no EOS, and
     NotReady for a hub that cannot be reached or does not give the model out.
     """
-    folder = Path(name_or_path)
+    folder = open_path(name_or_path)
     if not folder.is_dir():
         commit = _hub_commit(name_or_path, revision)
         digests = _tokenizer_digests(name_or_path, commit, trust_remote_code)
@@ -52,14 +68,14 @@ def resolve_model(
     given = folder
     digests = _tokenizer_digests(name_or_path, None, trust_remote_code)
     if (folder / "adapter_config.json").exists():
-        _write_once(init_dir, lambda target: _merge_adapter(folder, target, trust_remote_code))
+        _write_once(init_dir, lambda target: _merge_adapter(local_copy(folder), target, trust_remote_code))
         folder = init_dir
     elif not (folder / "config.json").exists():
         raise InputError(f"model.name_or_path {folder}: no config.json; give a Hugging Face model folder or a hub id")
     elif not _weight_files(folder):
-        _write_once(init_dir, lambda target: _draw_weights(folder, target, seed, trust_remote_code))
+        _write_once(init_dir, lambda target: _draw_weights(local_copy(folder), target, seed, trust_remote_code))
         folder = init_dir
-    found = ResolvedModel(str(folder.resolve()), None, _digest_folder(folder), *digests)
+    found = ResolvedModel(str(folder.resolve()), None, _digest_folder(local_copy(folder)), *digests)
     _remember(found, cache, *([given] if folder == given else [given, init_dir]))
     return found
 
@@ -83,7 +99,7 @@ def _hub_commit(name: str, revision: str | None) -> str | None:
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if name.startswith(("/", ".", "~")):
+    if name.startswith(("/", ".", "~")) or is_remote(name):
         raise InputError(f"model.name_or_path {name}: no such folder")
     try:
         commit = model_info(name, revision=revision, timeout=20).sha
@@ -129,13 +145,14 @@ def _digest_folder(folder: Path) -> str:
 
 def recall_model(name_or_path: str, init_dir: Path, cache: Path) -> ResolvedModel | None:
     """What `resolve_model` found for this folder before, if no file has changed since; it loads nothing."""
-    known, folder = _read_json(cache), Path(name_or_path)
-    entry = known.get(_signature(folder)) or known.get(_signature(folder, init_dir))
+    known, folder = _read_json(cache), open_path(name_or_path)
+    with reaching("model.name_or_path", name_or_path):
+        entry = known.get(_signature(folder)) or known.get(_signature(folder, init_dir))
     return None if entry is None else ResolvedModel(**entry)
 
 
 def _remember(found: ResolvedModel, cache: Path, *folders: Path) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(cache.parent)
     write_atomically(cache, json.dumps(_read_json(cache) | {_signature(*folders): asdict(found)}, indent=1))
 
 
@@ -144,22 +161,15 @@ def _signature(*folders: Path) -> str:
     return _digest(json.dumps([[str(folder.absolute()), *file_facts(folder)] for folder in folders]))
 
 
-def file_facts(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of a file, or of the files directly in a folder; nothing where there is none."""
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return dict(json.loads(read_bytes(path))) if path.exists() else {}
 
 
 def _write_once(target: Path, write: Any) -> None:
     """Fill a folder completely or not at all; a finished one is kept."""
-    if not target.exists():
-        scratch = target.with_name(f".{target.name}.unfinished")
-        write(scratch)
-        scratch.rename(target)
+    if not is_complete(target):
+        with publishing(target) as scratch:
+            write(scratch)
 
 
 def _draw_weights(folder: Path, target: Path, seed: int, trust_remote_code: bool) -> None:
@@ -177,9 +187,26 @@ def _draw_weights(folder: Path, target: Path, seed: int, trust_remote_code: bool
 def _merge_adapter(folder: Path, target: Path, trust_remote_code: bool) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model.merge_and_unload().save_pretrained(target)
+    with _with_local_base(folder) as adapter:
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=trust_remote_code)
+        model.merge_and_unload().save_pretrained(target)
     load_tokenizer(str(folder), None, trust_remote_code).save_pretrained(target)
+
+
+@contextmanager
+def _with_local_base(adapter: Path) -> Iterator[Path]:
+    """The adapter's folder, or a copy of it that names the copy on this node of a base on object storage."""
+    settings = _read_json(adapter / "adapter_config.json")
+    base = str(settings.get("base_model_name_or_path"))
+    if not is_remote(base):
+        yield adapter
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(adapter, folder, dirs_exist_ok=True)
+        (Path(folder) / "adapter_config.json").write_text(
+            json.dumps({**settings, "base_model_name_or_path": local_name(base)})
+        )
+        yield Path(folder)
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
@@ -187,7 +214,7 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(local_name(path), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise _model_error(path)(
@@ -197,7 +224,7 @@ def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> 
 
 def _model_error(path: str) -> type[InputError]:
     """A folder stays broken until somebody mends it; what the hub does not give out now it may give out later."""
-    return InputError if Path(path).is_dir() else NotReady
+    return InputError if is_remote(path) or Path(path).is_dir() else NotReady
 
 
 def load_model(model: ModelSection, dtype: str) -> Any:
@@ -211,12 +238,14 @@ def load_model(model: ModelSection, dtype: str) -> Any:
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model.name_or_path, revision=model.revision, **options)
+        name = local_name(model.name_or_path)
+        loaded = AutoModelForCausalLM.from_pretrained(name, revision=model.revision, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise _model_error(model.name_or_path)(
             f"model.name_or_path {model.name_or_path}: cannot be loaded as a causal language model: {reason}"
         ) from None
+    loaded.name_or_path = model.name_or_path  # an adapter writes it down as its base: never the copy on this node
     loaded.config.use_cache = False
     disable_dropout(loaded)
     return loaded.eval()

@@ -34,16 +34,18 @@ from caldpo_ray.reference import (
     reference_logps,
     reference_model,
 )
-from caldpo_ray.rows import RowCache, write_atomically
+from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import (
     RunDir,
     changed_execution_keys,
+    finish_metrics,
     identity_digest,
     open_run_dir,
     read_metrics,
     require_lasting_folders,
     require_writable,
 )
+from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
 
 
@@ -76,7 +78,8 @@ def train(
     if not isinstance(config, Config):
         config = load_config(config, overrides)
     identity = identity_digest(config)
-    changes = changed_execution_keys(config, RunDir(Path(config.run_dir)))
+    require_lasting_folders(config)
+    changes = changed_execution_keys(config, RunDir(open_path(config.run_dir)))
     run = open_run_dir(config, fresh)
     if run.read_status().get("state") == "complete":
         say(f"{run.path}: this run is complete; its model is in {run.model}")
@@ -116,13 +119,13 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
 
 def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
     """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
-    require_installed(config.loggers)
+    require_installed(config.loggers, config.run_dir)
     require_findable(config.objective.name)
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
     say(f"{objective.name}: loss = {objective.formula}")
-    cache = Path(config.run.output_dir).absolute() / ".cache"
+    cache = open_path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
@@ -130,7 +133,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared
         build_rows(source, config.data, model, policy.tokenizer, cache / "rows", objective.min_responses)
         for source in sources
     ]
-    run.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run.path)
     write_run_quarantine(facts, run.quarantine)
     for source, fact in zip(sources, facts, strict=True):
         reused = ", tokenised earlier" if fact.reused else ""
@@ -206,7 +209,7 @@ def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
     key, store = store_key(frozen.weights, dtype), None
     if settings.store is not None:
         facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.weights, "dtype": dtype}
-        store = ReferenceStore.create(Path(settings.store).absolute(), key, facts)
+        store = ReferenceStore.create(open_path(settings.store).absolute(), key, facts)
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), key, dtype, settings, store)
 
 
@@ -265,7 +268,7 @@ def _prepare_reference(config: Config, verbose: bool) -> Prepared:
     require_lasting_folders(config)
     require_writable(config)
     connect(verbose)
-    return prepare(config, RunDir(Path(config.run_dir).absolute()), needs_workers=False)
+    return prepare(config, RunDir(open_path(config.run_dir).absolute()), needs_workers=False)
 
 
 def _translated(answers: Iterator[Any]) -> Iterator[Any]:
@@ -313,7 +316,7 @@ def fit(prepared: Prepared) -> None:
         scaling_config=scaling,
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=str(run.path),
+            **ray_train_storage(run.path),
             failure_config=FailureConfig(max_failures=config.train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints, **ranked),
         ),
@@ -336,7 +339,7 @@ def _newest_step(run: RunDir) -> int:
     snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
     if not snapshot.exists():
         return 0
-    names = [found["checkpoint_dir_name"] for found in json.loads(snapshot.read_text())["checkpoint_results"]]
+    names = [found["checkpoint_dir_name"] for found in json.loads(read_bytes(snapshot))["checkpoint_results"]]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
@@ -401,10 +404,11 @@ def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
 def finish(prepared: Prepared) -> None:
     """A card beside the weights; the last evaluation as `eval.json`."""
     run, config = prepared.run, prepared.config
+    finish_metrics(run.metrics)
     lines = read_metrics(run.metrics)
     evaluations = [line for line in lines if line["split"] == "eval"]
     for folder in (run.model, run.best):
-        if folder.exists():
+        if is_complete(folder):
             write_model_manifest(folder, config, prepared.frozen)
             write_model_card(
                 folder, config, json.loads(run.manifest.read_text()), evaluations[-1] if evaluations else None

@@ -15,6 +15,7 @@ from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.run_dir import require_lasting_folders
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
+from caldpo_ray.storage import local_name
 from caldpo_ray.tokenization import check_tokenizer, row_id
 
 SAMPLE_ROWS = 256
@@ -67,7 +68,7 @@ def plan(config: Config) -> Iterator[str]:
     """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work."""
     yield f"objective  {config.objective.name}: {config.objective.formula}"
     require_lasting_folders(config)
-    require_installed(config.loggers)
+    require_installed(config.loggers, config.run_dir)
     require_findable(config.objective.name)
     deepspeed_config(config, config.train.num_workers)
     sample, _ = sample_rows(config, SAMPLE_ROWS)
@@ -117,7 +118,7 @@ def count_parameters(config: Config) -> tuple[int, int]:
     model = config.model
     try:
         shape = AutoConfig.from_pretrained(
-            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+            local_name(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from caldpo_ray.errors import last_line
 from caldpo_ray.run_dir import newest_metrics
 
 PLAIN_SECONDS = 15.0
@@ -126,7 +127,10 @@ class Watcher:
             self._placed = True
         self._news += progress.notes[self._num_notes :]
         self._num_notes = len(progress.notes)
-        line = newest_metrics(self._metrics)
+        try:
+            line = newest_metrics(self._metrics)
+        except Exception as error:  # remote storage that is away for a moment has its own errors, and the run goes on
+            return f"metrics cannot be read now ({type(error).__name__}: {last_line(error)})"
         if line is None or not progress.started:
             reference = progress.reference
             scored = (

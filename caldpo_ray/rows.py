@@ -6,7 +6,6 @@ same bytes on disk as in memory (the reason Hugging Face `datasets` uses them to
 
 import hashlib
 import json
-import uuid
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from caldpo_ray.errors import InputError, last_line
 from caldpo_ray.schema import Floats, Row, Tokens
+from caldpo_ray.storage import local_copy, open_path, read_bytes, write_atomically
 from caldpo_ray.tokenization import response_digest
 
 ARROW_SCHEMA = pa.schema(
@@ -67,13 +67,6 @@ def write_part(folder: Path, rows: Sequence[Row], order: tuple[int, int]) -> Par
     return Part(name, len(rows), order)
 
 
-def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
-    """A reader sees the whole file or none."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    scratch.write_bytes(data.encode() if isinstance(data, str) else memoryview(data))
-    scratch.replace(path)
-
-
 def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -> None:
     """Last write of a row cache: a folder without manifest is unfinished and ignored."""
     ordered = sorted(parts, key=lambda part: part.order)
@@ -84,7 +77,7 @@ def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Facts and parts of a finished row cache."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads(read_bytes(folder / "manifest.json"))
     except OSError:
         raise InputError(
             f"row cache {folder}: manifest.json cannot be read from this node; run.output_dir must be a folder that all nodes share"
@@ -146,10 +139,11 @@ class RowCache:
         self._parts: list[_PartView] = []
         sizes: list[int] = []
         self.folder_sizes: list[int] = []
-        for folder in map(Path, folders):
+        for folder in map(open_path, folders):
             parts = read_manifest(folder)["parts"]
             try:
-                self._parts += [_PartView(folder / part["name"]) for part in parts]
+                here = local_copy(folder)
+                self._parts += [_PartView(here / part["name"]) for part in parts]
             except (OSError, pa.ArrowException) as error:
                 raise InputError(
                     f"row cache {folder}: a part cannot be read ({last_line(error)}); remove the folder, and it is made again"

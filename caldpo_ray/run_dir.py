@@ -3,17 +3,19 @@
 import hashlib
 import json
 import os
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from caldpo_ray.config import Config, load_config, save_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.rows import write_atomically
+from caldpo_ray.storage import is_remote, open_path, probe_write, reaching, read_bytes, write_atomically
 
 State = Literal["running", "complete", "failed", "interrupted"]
 TAIL_BYTES = 2**16  # holds some dozens of metrics lines
+PART_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class RunDir:
 
     def read_status(self) -> dict[str, Any]:
         """State, exit code and reason of the last attempt; empty for a new run."""
-        return dict(json.loads(self.status.read_text())) if self.status.exists() else {}
+        return dict(json.loads(read_bytes(self.status))) if self.status.exists() else {}
 
     def write_status(
         self, state: State, exit_code: int | None, reason: str, identity: str, inputs: str | None = None
@@ -78,11 +80,10 @@ def identity_digest(config: Config) -> str:
 def open_run_dir(config: Config, fresh: bool) -> RunDir:
     """Create the run directory, or reopen it for the same run.
 
-    Raises InputError when it holds another run, when `fresh` asks for a new one and it exists, when the folder cannot be
-    written, or when it or the reference store would lie in a folder that Ray throws away.
+    Raises InputError when it holds another run, when `fresh` asks for a new one and it exists, or when the folder cannot be
+    written. Ask `require_lasting_folders` first.
     """
-    require_lasting_folders(config)
-    run = RunDir(Path(config.run_dir).absolute())
+    run = RunDir(open_path(config.run_dir).absolute())
     exists = run.config.exists()
     if exists and fresh:
         raise InputError(
@@ -96,14 +97,15 @@ def open_run_dir(config: Config, fresh: bool) -> RunDir:
 
 
 def require_lasting_folders(config: Config) -> None:
-    """Raises InputError when the run or its reference store would not outlive a Ray job, or is no folder but a URL."""
+    """Raises InputError when the run or its reference store would not outlive a Ray job, NotReady for a URL of no use."""
     packaged = "/runtime_resources/" in os.getcwd()
     for key, folder in (("run.output_dir", config.run.output_dir), ("reference.store", config.reference.store)):
-        if folder is not None and "://" in folder:
-            raise InputError(
-                f"{key} {folder}: must be a folder that all nodes share; mount the bucket and give its path"
-            )
-        if folder is not None and packaged and not os.path.isabs(folder):
+        if folder is None:
+            continue
+        if is_remote(folder):
+            with reaching(key, folder):
+                probe_write(open_path(folder))
+        elif packaged and not open_path(folder).is_absolute():
             raise InputError(
                 f"{key} {folder}: relative to the packaged working directory of a Ray job, which is deleted with the job;"
                 " give an absolute folder on shared storage"
@@ -112,12 +114,10 @@ def require_lasting_folders(config: Config) -> None:
 
 def require_writable(config: Config) -> None:
     """Make the run directory's folder, and no more. Raises InputError when nothing can be written there."""
-    path = Path(config.run_dir).absolute()
+    path = open_path(config.run_dir).absolute()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-{uuid.uuid4().hex[:8]}"
-        probe.touch()
-        probe.unlink()
+        with reaching("run.output_dir", path):
+            probe_write(path)
     except OSError as error:
         raise InputError(
             f"run.output_dir {config.run.output_dir}: cannot write {path} ({error.strerror}); give a writable folder"
@@ -147,11 +147,77 @@ def changed_execution_keys(config: Config, run: RunDir) -> list[str]:
     ]
 
 
+# -- metrics: a file that grows line by line. On object storage no file grows: there it is parts until the run ends --
+
+
+def append_metrics(path: Path, line: dict[str, Any]) -> None:
+    text = json.dumps(line) + "\n"
+    if not is_remote(path):
+        with path.open("a") as file:
+            file.write(text)
+        return
+    part = _part(path, line["step"])
+    try:
+        before = read_bytes(part).decode()
+    except FileNotFoundError:
+        before = ""
+    write_atomically(part, before + text)
+
+
 def truncate_metrics(path: Path, last_step: int) -> None:
     """Remove the lines beyond a checkpoint: their steps are done again."""
+    if not is_remote(path):
+        if path.exists():
+            write_atomically(path, _up_to(path.read_text(), last_step))
+        return
+    if path.exists():  # a run that was killed at its very end: lines can be added to parts alone
+        for step, lines in groupby(read_metrics(path), lambda line: line["step"] // PART_STEPS * PART_STEPS):
+            write_atomically(_part(path, step), "".join(json.dumps(line) + "\n" for line in lines))
+        path.unlink()
+    for part in _parts(path):
+        text = read_bytes(part).decode()
+        if kept := _up_to(text, last_step):
+            if kept != text:
+                write_atomically(part, kept)
+        else:
+            part.unlink()
+
+
+def finish_metrics(path: Path) -> None:
+    """Make one file of the parts. The file is there before they go, and readers prefer it."""
+    parts = _parts(path)
+    if parts and not path.exists():
+        write_atomically(path, b"".join(map(read_bytes, parts)))
+    for part in parts:
+        part.unlink()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines, of the file or of its parts."""
+    files = [path] if path.exists() else _parts(path)
+    return [json.loads(line) for file in files for line in read_bytes(file).splitlines()]
+
+
+def newest_metrics(path: Path) -> dict[str, Any] | None:
+    """The last complete line of training, read from the end of the file."""
+    ends = (read_bytes(part) for part in reversed(_parts(path))) if is_remote(path) else _end(path)
+    for end in ends:
+        *lines, _ = end.split(b"\n")  # the last piece is empty, or a line that is being written
+        for line in reversed(lines):
+            if b'"split": "train"' in line:
+                return dict(json.loads(line))
+    return None
+
+
+def _end(path: Path) -> Iterator[bytes]:
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _is_line_up_to(line, last_step)]
-        write_atomically(path, "".join(f"{line}\n" for line in kept))
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            yield file.read()
+
+
+def _up_to(text: str, last_step: int) -> str:
+    return "".join(f"{line}\n" for line in text.splitlines() if _is_line_up_to(line, last_step))
 
 
 def _is_line_up_to(line: str, last_step: int) -> bool:
@@ -161,23 +227,10 @@ def _is_line_up_to(line: str, last_step: int) -> bool:
         return False  # the writer died in the middle of its last line
 
 
-def append_metrics(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+def _part(path: Path, step: int) -> Path:
+    """The part that has the lines of a step: a hundred steps each, so that neither their number nor their size hurts."""
+    return path.with_suffix("") / f"part-{step // PART_STEPS:08d}.jsonl"
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def newest_metrics(path: Path) -> dict[str, Any] | None:
-    """The last complete line of training, read from the end of the file."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        *lines, _ = file.read().split(b"\n")  # the last piece is empty, or a line that is being written
-    for line in reversed(lines):
-        if b'"split": "train"' in line:
-            return dict(json.loads(line))
-    return None
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.with_suffix("").glob("part-*.jsonl")) if is_remote(path) else []

@@ -7,7 +7,6 @@ invalidates it, and nothing is ever joined by position. Several writers append a
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caldpo_ray.errors import InputError, NotReady, last_line
-from caldpo_ray.rows import write_atomically
 from caldpo_ray.schema import Floats
+from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, remove_tree, write_atomically
 
 VERSION = 1
 Digests = npt.NDArray[np.void]  # V16
@@ -43,11 +42,12 @@ class ReferenceStore:
     @classmethod
     def create(cls, root: str | Path, key: str, facts: dict[str, Any]) -> "ReferenceStore":
         """Open, and on first use describe, the folder of one reference. Raises NotReady when it cannot be written."""
-        folder = Path(root) / key
+        folder = open_path(root) / key
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "manifest.json").exists():
-                write_atomically(folder / "manifest.json", json.dumps({"version": VERSION, **facts}, indent=1))
+            with reaching("reference.store", root):
+                make_folder(folder)
+                if not (folder / "manifest.json").exists():
+                    write_atomically(folder / "manifest.json", json.dumps({"version": VERSION, **facts}, indent=1))
         except OSError as error:
             raise NotReady(
                 f"reference.store {root}: cannot be written ({error.strerror}); give a writable folder or reference.store=null"
@@ -133,7 +133,7 @@ def _digest_array(column: pa.ChunkedArray) -> Digests:
 
 def _read_part(path: Path) -> pa.Table:
     with _readable(path):
-        data = path.read_bytes()
+        data = read_bytes(path)
     if hashlib.sha256(data).hexdigest()[:32] != path.stem.removeprefix("part-"):
         raise NotReady(
             f"reference store {path}: its content does not match its checksum (a damaged or edited file); delete this file, and its"
@@ -157,29 +157,35 @@ def _readable(path: Path) -> Iterator[None]:
 def list_references(root: str | Path) -> list[dict[str, Any]]:
     """One description per reference in the store: its manifest, key, entries, bytes. Raises NotReady naming a bad file."""
     found = []
-    for manifest in sorted(Path(root).glob("*/manifest.json")):
+    for manifest in _manifests(root):
         parts = list(manifest.parent.glob("part-*.parquet"))
         entries = sum(_num_entries(part) for part in parts)
         with _readable(manifest):
-            facts = json.loads(manifest.read_text())
+            facts = json.loads(read_bytes(manifest))
         found.append(
             {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
         )
     return found
 
 
+def _manifests(root: str | Path) -> list[Path]:
+    with reaching("reference store", root):
+        return sorted(open_path(root).glob("*/manifest.json"))
+
+
 def _num_entries(part: Path) -> int:
-    with _readable(part):
-        return int(pq.read_metadata(part).num_rows)
+    with _readable(part), part.open("rb") as file:
+        return int(pq.read_metadata(file).num_rows)
 
 
 def remove_reference(root: str | Path, key: str) -> None:
     """Delete one reference's entries. Raises InputError for an unknown key, NotReady where they cannot be deleted."""
-    known = [manifest.parent.name for manifest in sorted(Path(root).glob("*/manifest.json"))]
+    known = [manifest.parent.name for manifest in _manifests(root)]
     if key not in known:
         raise InputError(f"reference store {root}: no reference {key!r}; it holds {', '.join(known) or 'none'}")
     try:
-        shutil.rmtree(Path(root) / key)
+        with reaching("reference store", root):
+            remove_tree(open_path(root) / key)
     except OSError as error:
         raise NotReady(
             f"reference store {root}: {key} cannot be deleted ({last_line(error)}); change its permissions"

@@ -7,7 +7,6 @@ count of the global batch, so accumulation and sharding do not change it.
 import contextlib
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
+from caldpo_ray.storage import open_path, publishing
 
 PREFETCH_STEPS = 2
 
@@ -131,7 +131,7 @@ class PolicyWorker:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.config = Config.model_validate(settings["config"])
         self.settings = settings
-        self.run = RunDir(Path(settings["run_dir"]))
+        self.run = RunDir(open_path(settings["run_dir"]))
         self.feed = settings["feed"]
         self.device = set_up_process(self.config.train)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -199,8 +199,8 @@ class PolicyWorker:
         """Where the newest checkpoint of this run stands, if there is one. Raises InputError when it is another run's."""
         if self.checkpoint is None:
             return None
-        with self.checkpoint.as_directory() as folder:
-            state = checkpoint.read_state(Path(folder))
+        # Not from `as_directory`, which would download all of a remote checkpoint for it.
+        state = checkpoint.read_state(self.run.path / "checkpoints" / Path(self.checkpoint.path).name)
         stage = self.config.train.deepspeed.zero_stage
         changed = [
             name
@@ -314,13 +314,10 @@ class PolicyWorker:
         model = self.engine.module.model
         weights = checkpoint.gather_state_dict(model, self.config.train.deepspeed.zero_stage)
         if self.rank == 0:
-            scratch = target.with_name(f".{target.name}.unfinished")
-            shutil.rmtree(scratch, ignore_errors=True)
-            model.save_pretrained(scratch, state_dict=weights)
             policy = self.policy
-            load_tokenizer(policy.name_or_path, policy.revision, policy.trust_remote_code).save_pretrained(scratch)
-            shutil.rmtree(target, ignore_errors=True)
-            scratch.rename(target)
+            with publishing(target) as scratch:
+                model.save_pretrained(scratch, state_dict=weights)
+                load_tokenizer(policy.name_or_path, policy.revision, policy.trust_remote_code).save_pretrained(scratch)
         dist.barrier()
 
     # -- small parts ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ LAYERS = [
     {
         "readers",
         "sources",
+        "storage",
         "rows",
         "store",
         "models",

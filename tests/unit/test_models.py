@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from caldpo_ray.config import LoraSection, ModelSection
 from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.models import ResolvedModel, add_lora, load_model, recall_model, resolve_model
+from caldpo_ray.storage import is_complete, open_path, publishing
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,30 @@ def test_what_is_recalled_forgets_a_changed_file(drawn: Path, tmp_path: Path) ->
     assert recall_model(str(copy), tmp_path / "init", cache) is None
 
 
-def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path) -> None:
-    section = ModelSection(name_or_path=str(drawn))
+def published(folder: Path, url: str) -> str:
+    with publishing(open_path(url)) as scratch:
+        shutil.copytree(folder, scratch)
+    return url
+
+
+def test_a_model_on_object_storage_is_the_same_model(
+    world: Path, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    root = open_path(f"memory://{tmp_path.name}")
+    config = published(world / "model", f"{root}/config")
+    found = [resolve_model(config, None, False, root / "init", 0, root / "models.json") for _ in range(2)]
+    assert found[0] == found[1] and found[0].path == f"{root}/init" and is_complete(root / "init")
+    assert found[0].weights == resolve(drawn, tmp_path).weights
+    assert recall_model(config, root / "init", root / "models.json") == found[0]
+    with pytest.raises(InputError, match=r"model\.name_or_path memory://nothing: no such folder"):
+        resolve(open_path("memory://nothing"), tmp_path)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["folder", "object storage"])
+def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path, remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    section = ModelSection(name_or_path=published(drawn, f"memory://{tmp_path.name}/base") if remote else str(drawn))
     adapted = add_lora(load_model(section, "float32"), LoraSection(r=2), seed=0)
     plain = load_model(section, "float32")
     ids = torch.arange(5, 12)[None]
@@ -63,7 +87,12 @@ def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     shutil.copy(drawn / "tokenizer.json", tmp_path / "adapter")
     shutil.copy(drawn / "tokenizer_config.json", tmp_path / "adapter")
-    found = resolve(tmp_path / "adapter", tmp_path)
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == section.name_or_path, "never the copy on this node"
+    adapter = open_path(
+        published(tmp_path / "adapter", f"memory://{tmp_path.name}/adapter") if remote else tmp_path / "adapter"
+    )
+    found = resolve(adapter, tmp_path)
     merged = load_model(ModelSection(name_or_path=found.path), "float32")
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 

@@ -96,4 +96,8 @@ def test_an_error_told_as_text_keeps_its_kind(error: InputError | RunError) -> N
 
 def test_a_logger_that_is_not_installed_may_be_installed() -> None:
     with pytest.raises(NotReady, match=r"no_such_logger is not installed; pip install"):
-        require_installed(["no_such_logger"])
+        require_installed(["no_such_logger"], "runs/run")
+    pytest.importorskip("tensorboard")
+    require_installed(["tensorboard"], "runs/run")
+    with pytest.raises(InputError, match=r"tensorboard appends to a file .* s3://bucket/run cannot do; use wandb"):
+        require_installed(["tensorboard"], "s3://bucket/run")

@@ -1,13 +1,16 @@
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.run_dir import (
     append_metrics,
     changed_execution_keys,
+    finish_metrics,
     newest_metrics,
     open_run_dir,
     read_metrics,
@@ -15,6 +18,10 @@ from caldpo_ray.run_dir import (
     require_writable,
     truncate_metrics,
 )
+from caldpo_ray.storage import open_path
+from tests.unit.test_sources_remote import s3
+
+__all__ = ["s3"]  # the fixture
 
 
 def config(folder: Path, *overrides: str) -> Config:
@@ -58,20 +65,78 @@ def test_asking_whether_a_folder_can_be_written_leaves_no_file(tmp_path: Path) -
     assert list((tmp_path / "runs" / "run").iterdir()) == []
 
 
-def test_urls_and_packaged_working_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="all nodes share"):
-        open_run_dir(config(tmp_path, "run.output_dir=s3://bucket/runs"), fresh=False)
-    with pytest.raises(InputError, match=r"reference\.store s3://bucket/store: .*all nodes share"):
-        open_run_dir(config(tmp_path, "reference.store=s3://bucket/store"), fresh=False)
+def test_packaged_working_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "x"
     packaged.mkdir(parents=True)
     monkeypatch.chdir(packaged)
     with pytest.raises(InputError, match="absolute folder on shared storage"):
-        open_run_dir(config(tmp_path, "run.output_dir=runs"), fresh=False)
+        require_lasting_folders(config(tmp_path, "run.output_dir=runs"))
     with pytest.raises(InputError, match=r"reference\.store store: .*absolute folder on shared storage"):
         require_lasting_folders(config(tmp_path, "reference.store=store"))
     require_lasting_folders(config(tmp_path, "reference.store=null"))
-    open_run_dir(config(tmp_path), fresh=False)
+    require_lasting_folders(config(tmp_path, "run.output_dir=memory://packaged"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "run.output_dir=s3://no-such-bucket/runs",
+            r"run\.output_dir s3://no-such-bucket/runs: cannot be used .*bucket must",
+        ),
+        (
+            "reference.store=s3://no-such-bucket/x",
+            r"reference\.store s3://no-such-bucket/x: cannot be used .*bucket must",
+        ),
+        ("run.output_dir=gs://bucket/runs", r"run\.output_dir gs://.*pip install 'caldpo-ray\[gcs\]'"),
+        ("run.output_dir=foo://bucket/runs", r"run\.output_dir foo://bucket/runs: cannot be used .*foo"),
+    ],
+)
+def test_urls_of_no_use_are_refused_with_their_key(tmp_path: Path, s3: Any, override: str, message: str) -> None:
+    if "gs://" in override and find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(NotReady, match=message):
+        require_lasting_folders(config(tmp_path, override))
+    require_lasting_folders(config(tmp_path, "run.output_dir=s3://data/runs"))
+    assert not s3.exists("data/runs") and not s3.exists("no-such-bucket")
+
+
+@pytest.mark.parametrize("root", ["memory://runs", "s3://data/runs"])
+def test_a_run_directory_on_object_storage(tmp_path: Path, s3: Any, root: str) -> None:
+    settings = config(tmp_path, f"run.output_dir={root}")
+    run = open_run_dir(settings, fresh=True)
+    run.write_status("failed", 3, "why", "id")
+    assert str(run.config) == f"{root}/run/config.yaml"
+    assert open_run_dir(settings, fresh=False).read_status()["reason"] == "why"
+    assert changed_execution_keys(config(tmp_path, f"run.output_dir={root}", "train.num_workers=2"), run) == [
+        "train.num_workers: 1 -> 2"
+    ]
+    with pytest.raises(InputError, match=r"holds another run \(objective\.beta: 0\.1 -> 0\.2"):
+        open_run_dir(config(tmp_path, f"run.output_dir={root}", "objective.beta=0.2"), fresh=False)
+
+
+@pytest.mark.parametrize("root", ["memory://metrics", "s3://data/metrics"])
+def test_metrics_on_object_storage_are_parts_until_the_run_ends(s3: Any, root: str) -> None:
+    path = open_path(root) / "metrics.jsonl"
+    assert read_metrics(path) == [] and newest_metrics(path) is None
+    truncate_metrics(path, 0)
+    lines = [{"step": step, "split": split} for step in (1, 99, 100, 250, 251) for split in ("train", "eval")]
+    for line in lines:
+        append_metrics(path, line)
+    assert not path.exists() and read_metrics(path) == lines
+    assert newest_metrics(path) == {"step": 251, "split": "train"}
+    truncate_metrics(path, 100)
+    assert read_metrics(path) == lines[:6]
+    for line in lines[6:]:
+        append_metrics(path, line)
+    for _ in range(2):
+        finish_metrics(path)
+        assert [file.name for file in path.parent.rglob("*.jsonl")] == ["metrics.jsonl"]
+        assert read_metrics(path) == lines
+    # A run killed at its very end and resumed from an earlier checkpoint, too.
+    truncate_metrics(path, 250)
+    append_metrics(path, lines[-2])
+    assert read_metrics(path) == lines[:-1]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

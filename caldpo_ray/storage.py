@@ -1,0 +1,202 @@
+"""Folders on disk and on object storage: `pathlib` for both, and here the few things that differ.
+
+On a disk files and folders appear by a rename. Object storage has neither folders nor renames: a file appears with the end of its
+upload, and a folder that we publish is complete once its last file, `_SUCCESS`, is there (the convention of Hadoop and Spark).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from caldpo_ray.errors import InputError, NotReady, RunError, last_line
+
+COMPLETE = "_SUCCESS"
+EXTRAS = {"s3": "caldpo-ray[s3]", "s3a": "caldpo-ray[s3]", "gs": "caldpo-ray[gcs]", "gcs": "caldpo-ray[gcs]"}
+# What file systems call that which changes with a file's content, the surest first.
+CONTENT_FACTS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
+
+
+def is_remote(name: str | Path) -> bool:
+    """Whether this is a URL of object storage, not a folder that the operating system knows."""
+    return "://" in str(name) and not str(name).startswith("file://")
+
+
+def open_path(name: str | Path) -> Path:
+    """A path of pathlib; for a URL one that behaves like it (`universal_pathlib`). Credentials come from the environment."""
+    if not is_remote(name):
+        return Path(str(name).removeprefix("file://"))
+    from upath import UPath  # local runs need neither this nor fsspec
+
+    # Without a cache of listings: other processes write there at the same time.
+    found: Any = UPath(str(name), use_listings_cache=False)
+    return found  # type: ignore[no-any-return]
+
+
+def _filesystem(path: Path) -> tuple[Any, str]:
+    """(the fsspec file system of a remote path, the path in it)."""
+    remote: Any = path
+    return remote.fs, remote.path
+
+
+@contextmanager
+def reaching(key: str, name: str | Path) -> Iterator[None]:
+    """What remote storage raises in here comes out as one message: `key` says where the user named it. Raises NotReady."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # every store has its own classes for what it refuses and for a server that is away
+        if not is_remote(name):
+            raise
+        scheme = str(name).split("://")[0]
+        reason = f"{type(error).__name__}: {last_line(error)}"
+        if isinstance(error, ImportError):
+            what = f"{scheme}:// needs an optional package ({reason}); pip install '{EXTRAS.get(scheme, scheme)}'"
+        else:
+            what = (
+                f"cannot be used ({reason}); the bucket must exist, and every node needs its endpoint and credentials for"
+                " reading, writing and deleting in the environment"
+            )
+        raise NotReady(f"{key} {name}: {what}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Object storage has no folders to make: there it does nothing, where s3fs would even make a bucket."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def probe_write(folder: Path) -> None:
+    """Make a folder, write a file there and delete it. Raises OSError, or what its remote storage raises."""
+    make_folder(folder)
+    probe = folder / f".write-{uuid.uuid4().hex[:8]}"
+    write_atomically(probe, b"")
+    probe.unlink()
+
+
+def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
+    """A reader sees the whole file or none."""
+    content = data.encode() if isinstance(data, str) else memoryview(data)
+    if is_remote(path):
+        filesystem, name = _filesystem(path)
+        filesystem.pipe_file(name, bytes(content))
+        return
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file as it was at one moment. pathlib on object storage asks twice, and fails where another process writes meanwhile."""
+    if not is_remote(path):
+        return path.read_bytes()
+    filesystem, name = _filesystem(path)
+    content: bytes = filesystem.cat_file(name)
+    return content
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all in it. Raises FileNotFoundError where there is none."""
+    if not is_remote(folder):
+        shutil.rmtree(folder)
+        return
+    filesystem, name = _filesystem(folder)
+    (folder / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is not complete
+    filesystem.rm(name, recursive=True)
+
+
+@contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """A local folder for the body to make and fill, which then replaces `target` as a whole; not at all if the body raises."""
+    if is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="caldpo-publish-") as parent:
+            scratch = Path(parent) / target.name
+            yield scratch
+            _upload(scratch, target)
+        return
+    scratch = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(scratch, ignore_errors=True)
+    yield scratch
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+
+
+def _upload(folder: Path, target: Path) -> None:
+    with suppress(FileNotFoundError):
+        remove_tree(target)
+    filesystem, name = _filesystem(target)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    filesystem.put([str(path) for path in files], [f"{name}/{path.relative_to(folder).as_posix()}" for path in files])
+    write_atomically(target / COMPLETE, b"")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `publishing` has put this folder there, whole."""
+    return (folder / COMPLETE).exists() if is_remote(folder) else folder.exists()
+
+
+def file_facts(path: Path) -> list[tuple[str, int, str | int]]:
+    """(name, bytes, what changes with its content) of a file, or of the files directly in a folder; nothing where none is."""
+    if not is_remote(path):
+        files = sorted(path.glob("*")) if path.is_dir() else [path]
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    filesystem, name = _filesystem(path)
+    try:
+        found = [info for info in filesystem.ls(name, detail=True) if info["type"] == "file"]
+    except FileNotFoundError:
+        return []
+    return sorted(
+        (info["name"].rsplit("/", 1)[-1], info["size"], next(str(info[fact]) for fact in CONTENT_FACTS if fact in info))
+        for info in found
+        if not info["name"].endswith(("/", f"/{COMPLETE}"))
+    )
+
+
+def local_copy(folder: Path) -> Path:
+    """The files of a folder on this node: the folder itself; of a remote one a copy that all processes of the node share.
+
+    The copy lies in the temporary folder under a name that follows the content, so that it is made once. Files in folders
+    below are left out: models and row caches have none. Raises FileNotFoundError where nothing is there.
+    """
+    if not is_remote(folder):
+        return folder
+    facts = file_facts(folder)
+    if not facts:
+        raise FileNotFoundError(f"{folder}: nothing there")
+    home = Path(tempfile.gettempdir()) / f"caldpo-copies-{os.getuid()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    copy = home / hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()[:16]
+    with copy.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait
+        if not copy.exists():
+            filesystem, name = _filesystem(folder)
+            with publishing(copy) as scratch:
+                scratch.mkdir()
+                files = [file for file, _, _ in facts]
+                filesystem.get([f"{name}/{file}" for file in files], [str(scratch / file) for file in files])
+    return copy
+
+
+def local_name(name: str) -> str:
+    """A model's name as `from_pretrained` understands it: a URL becomes its copy on this node, all else stays."""
+    return str(local_copy(open_path(name))) if is_remote(name) else name
+
+
+def ray_train_storage(folder: Path) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints, as arguments of its RunConfig; by the same file system as everything else."""
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, name = _filesystem(folder)
+    return {"storage_path": name, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
