@@ -92,8 +92,8 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 
 @large_imports()
-def build_engine(config: Config, model: ModelSection, device: torch.device, universal: bool) -> Any:
-    """A DeepSpeed engine whose module is the shared `ResponseScorer`; `universal` if it will load a converted checkpoint."""
+def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
+    """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
     import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
 
     from caldpo_ray.models import add_lora, load_model
@@ -104,8 +104,6 @@ def build_engine(config: Config, model: ModelSection, device: torch.device, univ
     # Before anything is partitioned: DeepSpeed reads the world size from its own wrapper of the process group.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config(config, dist.get_world_size())
-    if universal:
-        settings["checkpoint"] = {"load_universal": True}
     with partitioned_loading(settings):
         policy = load_model(model, config.model.dtype)
         if config.model.lora is not None:
@@ -142,10 +140,8 @@ class PolicyWorker:
         self.rows_digest: str = ray.get(self.feed.rows_digest.remote())
         self.checkpoint = ray.train.get_checkpoint()
         self.state = self._read_checkpoint()
-        stage = self.config.train.deepspeed.zero_stage
-        self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
         self.policy = ModelSection.model_validate(settings["model"])
-        self.engine = build_engine(self.config, self.policy, self.device, self.universal)
+        self.engine = build_engine(self.config, self.policy, self.device)
         if self.engine.module.misfit and self.rank == 0:
             self.feed.note.remote(f"every response runs with a copy of its prompt: {self.engine.module.misfit}")
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
@@ -187,9 +183,7 @@ class PolicyWorker:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
         if self.checkpoint is not None:
             with self.checkpoint.as_directory() as folder:
-                # Named by the attempt: what an attempt that was killed left behind is never taken for a whole one.
-                scratch = Path(tempfile.gettempdir()) / f"caldpo-universal-{self.attempt}"
-                checkpoint.load(self.engine, Path(folder), scratch if self.universal else None)
+                checkpoint.load(self.engine, Path(folder))
         state = self.state
         if self.rank == 0:
             truncate_metrics(self.run.metrics, state.step if state else 0)
@@ -201,14 +195,12 @@ class PolicyWorker:
             return None
         with self.checkpoint.as_directory() as folder:
             state = checkpoint.read_state(Path(folder))
-        stage = self.config.train.deepspeed.zero_stage
         changed = [
             name
             for name, before, now in (
                 ("config", state.identity, self.settings["identity"]),
                 ("reference", state.reference_key, self.settings["reference_key"]),
                 ("rows", state.rows_digest, self.rows_digest),
-                ("choice between ZeRO stage 0 and higher ones", state.zero_stage == 0, stage == 0),
             )
             if before != now
         ]

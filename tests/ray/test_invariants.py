@@ -94,18 +94,18 @@ def test_workers_accumulation_and_stage(
     assert_close(run_in_process(config, name, *execution), one_worker, 2e-3)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(("stage", "later"), [(1, 0), (3, 3)])
 def test_a_killed_driver_resumes_with_another_number_of_workers(
-    config: Path, one_worker: list[dict[str, Any]], stage: int
+    config: Path, one_worker: list[dict[str, Any]], stage: int, later: int
 ) -> None:
-    overrides = (f"train.deepspeed.zero_stage={stage}", "train.save_every=6")
+    """And at another ZeRO stage: `tests/unit/test_resharding.py` has the other combinations."""
     name = f"elastic-{stage}"
-    first = start(config, name, "train.num_workers=2", *overrides)
+    first = start(config, name, "train.num_workers=2", f"train.deepspeed.zero_stage={stage}", "train.save_every=6")
     first.wait_for_step(14)
     kill(first.process.pid)
     assert first.process.wait() == -signal.SIGKILL
     before = first.lines()
-    resumed = train(config, name, "train.num_workers=1", *overrides)
+    resumed = train(config, name, "train.num_workers=1", f"train.deepspeed.zero_stage={later}", "train.save_every=6")
     assert resumed.last_step_kept(before) >= 12, "resumed from a checkpoint, of which there was one every 6 steps"
     assert_close(lines(RunDir(first.path)), one_worker, 2e-3)
 

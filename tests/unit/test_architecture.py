@@ -37,6 +37,7 @@ LAYERS = [
         "models",
         "scoring",
         "checkpoint",
+        "resharding",
         "run_dir",
         "loggers",
         "model_card",
