@@ -28,6 +28,7 @@ from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.flops import forward_cost, peak_flops_of_workers
 from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import load_tokenizer
@@ -144,6 +145,8 @@ class PolicyWorker:
         self.engine = build_engine(self.config, self.policy, self.device)
         if self.engine.module.misfit and self.rank == 0:
             self.feed.note.remote(f"every response runs with a copy of its prompt: {self.engine.module.misfit}")
+        self.cost = forward_cost(self.engine.module.model, self.config.model.gradient_checkpointing)
+        self.peak_flops = peak_flops_of_workers(self.device, self.config.model.dtype)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
@@ -254,7 +257,9 @@ class PolicyWorker:
             if evaluating:
                 part |= metrics.calibration_bins(self.objective, logps, *inputs)
             compared = metrics.num_compared(self.objective, *inputs[1:])
-            part["executed"] = (torch.stack([compared, torch.full_like(compared, batch.num_tokens)]), compared)
+            flops = self.cost.executed(batch, micro_batch.num_head_chunks, backward=not evaluating)
+            counts = [torch.full_like(compared, count, dtype=torch.float64) for count in (batch.num_tokens, flops)]
+            part["executed"] = (torch.stack([compared.double(), *counts]), compared)
             gap = logps.detach() - reference if reference is not None else torch.zeros_like(logps)
         return output.losses * weights, part, gap
 
@@ -353,7 +358,7 @@ class PolicyWorker:
         waits = torch.tensor(list(self.waits.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(waits, dist.ReduceOp.MAX)
         seconds = time.monotonic() - started
-        pairs, tokens = totals.pop("executed")[0].tolist()
+        pairs, tokens, flops = totals.pop("executed")[0].tolist()
         line: dict[str, Any] = {
             "step": step,
             "epoch": schedule.rows_consumed(step) / schedule.num_rows,
@@ -362,6 +367,7 @@ class PolicyWorker:
         }
         line |= metrics.finalise(totals)
         line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        line |= {"mfu": flops / seconds / self.peak_flops} if self.peak_flops else {}
         line |= dict(zip(self.waits, waits.tolist(), strict=True))
         self.waits = dict.fromkeys(self.waits, 0.0)
         return line

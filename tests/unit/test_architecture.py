@@ -26,6 +26,7 @@ LAYERS = [
         "tokenization",
         "batching",
         "deepspeed_config",
+        "flops",
         "preview",
         "world",
     },
