@@ -108,7 +108,7 @@ def _chunk_logps(
     logits = transform(head(hidden))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Not log_softmax: it would hold a second array of the vocabulary's width.
-    return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return logits.gather(-1, target.to(logits.device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _shape(rows: Sequence[Row]) -> tuple[int, int]:
