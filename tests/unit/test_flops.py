@@ -55,6 +55,15 @@ def test_frozen_matrices_and_activations_computed_twice(lora: bool, recomputes: 
     assert found == pytest.approx(counted(scorer, batch, 1, backward=True), rel=0.06)
 
 
+def test_parameters_that_zero_3_holds_elsewhere_cost_the_same() -> None:
+    model = tiny_model("llama")
+    expected = forward_cost(model, False)
+    for parameter in model.parameters():
+        vars(parameter)["ds_shape"] = parameter.shape
+        parameter.data = torch.empty(0)
+    assert forward_cost(model, False) == expected
+
+
 def test_a_shared_prompt_counts_once_and_padding_never() -> None:
     cost = forward_cost(tiny_model("llama"), False)
     shared, apart = (layout(ROWS, PAD_ID) for layout in (shared_prefix_batch, concatenated_batch))

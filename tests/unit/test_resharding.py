@@ -17,6 +17,7 @@ from tests.unit.tiny_models import tiny_model
 
 LORA = ("model.lora.r=4", "model.lora.target_modules=[q_proj,down_proj]")
 RMSPROP = ("train.optimizer=rmsprop",)
+OFFLOADED = ("train.deepspeed.offload_optimizer=true",)
 BF16 = ("model.dtype=bfloat16",)
 # Stages with two workers, then one, then two; weights are tied, and matrices alone are decayed (two groups of parameters).
 CHAINS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
@@ -27,6 +28,7 @@ CHAINS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
     "rmsprop 0-3-1": (RMSPROP, (0, 3, 1)),
     "LoRA 3-0-1": (LORA, (3, 0, 1)),
     "bf16 1-3-2": (BF16, (1, 3, 2)),
+    "offloaded 1-3-2": (OFFLOADED, (1, 3, 2)),
 }
 SAVED_AT = (2, 4)  # of 6 steps
 
