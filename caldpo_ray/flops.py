@@ -46,7 +46,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     """FLOP/s of a device, as `torch.cuda.get_device_name` calls it; None where no data sheet is known here."""
     words = set(device_name.replace("-", " ").split())
     for names, peaks in PEAKS:
-        if names <= words:
+        if names <= words and "MIG" not in words:  # a slice of a device has a share of its peak
             return peaks[dtype] * 1e12 if dtype in peaks else None
     return None
 

@@ -71,7 +71,7 @@ def restore(engine: Any, folder: Path) -> None:
     if stage == 3:
         _refresh_parameters(engine.optimizer)
         engine.optimizer.checkpoint_event_epilogue()
-    counters = _load(_model_files(folder)[0])
+    counters = _load(_model_file(folder))
     engine.global_steps, engine.skipped_steps = counters["global_steps"], counters["skipped_steps"]
     engine.global_samples = counters["global_samples"]
 
@@ -86,10 +86,7 @@ def _fill(places: list[Place], state: Any, saved: dict[str, list[Piece]], folder
         for key in pieces[0].tensors if pieces else [WEIGHTS]:
             cuts = [p.tensors[key][max(0, place.start - p.start) :][: _overlap(place, p)] for p in pieces]
             if sum(map(len, cuts)) != place.numel:
-                raise RunError(
-                    f"checkpoint {folder}: does not hold all of {place.name} ({key}); choose another run.name, or"
-                    f" remove the folder {folder.parent.parent} to start this run over"
-                )
+                raise _incomplete(folder, f"all of {place.name} ({key})")
             target = flat.data if key == WEIGHTS else values.setdefault(key, torch.zeros_like(flat.data))
             target.view(-1)[place.offset : place.offset + place.numel].copy_(torch.cat(cuts))
         step = pieces[0].step if pieces[0].step is not None else step
@@ -151,10 +148,10 @@ def read_pieces(folder: Path) -> dict[str, list[Piece]]:
     """{parameter name: its saved pieces in order}, of a folder written by `engine.save_checkpoint` at any stage."""
     pieces: dict[str, list[Piece]] = defaultdict(list)
     shards = [_load(path)["optimizer_state_dict"] for path in _by_rank(folder.glob("*_optim_states.pt"))]
-    model = _load(_model_files(folder)[0])
+    model = _load(_model_file(folder))
     if not shards:
         read = _read_whole(model)
-    elif shards[0]["zero_stage"] < 3:
+    elif shards[0].get("zero_stage", 1) < 3:
         read = (found for shard in shards for found in _read_groups(shard))
     else:
         read = (
@@ -207,8 +204,19 @@ def _load(path: Path) -> dict[str, Any]:
     return found
 
 
-def _model_files(folder: Path) -> list[Path]:
-    return _by_rank(folder.glob("*_model_states.pt"))
+def _model_file(folder: Path) -> Path:
+    """That of rank 0; those of other ranks differ in weights that optimiser files hold, too."""
+    files = _by_rank(folder.glob("*_model_states.pt"))
+    if not files:
+        raise _incomplete(folder, "any file of DeepSpeed's")
+    return files[0]
+
+
+def _incomplete(folder: Path, what: str) -> RunError:
+    return RunError(
+        f"checkpoint {folder}: does not hold {what}; choose another run.name, or remove the folder {folder.parent.parent} to"
+        " start this run over"
+    )
 
 
 def _by_rank(paths: Iterator[Path]) -> list[Path]:

@@ -83,6 +83,7 @@ def test_a_shared_prompt_counts_once_and_padding_never() -> None:
     [
         ("NVIDIA A100-SXM4-80GB", 312, 19.5),
         ("NVIDIA A100 80GB PCIe", 312, 19.5),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
         ("NVIDIA A10", 125, 31.2),
         ("NVIDIA A10G", 70, 31.5),
         ("NVIDIA H100 80GB HBM3", 989.4, 67),

@@ -108,3 +108,5 @@ def test_a_checkpoint_that_lacks_elements_is_refused(tmp_path: Path) -> None:
     for saved in ({}, {"weight": [piece]}):
         with pytest.raises(RunError, match=r"does not hold all of weight .*choose another run\.name"):
             resharding._fill(places, {}, saved, tmp_path / "step-00000001" / "state")
+    with pytest.raises(RunError, match="does not hold any file"):
+        resharding.read_pieces(tmp_path)
