@@ -5,10 +5,6 @@ of the run and of its reference. Nothing else is needed: the learning rate and t
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from caldpo_ray import resharding
 from caldpo_ray.errors import RunError
 
 TAG = "state"
@@ -39,7 +36,8 @@ class TrainerState:
 
 def save(engine: Any, state: TrainerState, folder: Path) -> None:
     """Write this rank's part of a checkpoint into `folder`; Ray Train merges the ranks' folders."""
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+    names = {resharding.NAMES_KEY: resharding.names_of_groups(engine)} if state.zero_stage == 0 else {}
+    engine.save_checkpoint(str(folder), tag=TAG, client_state=names, save_latest=False)
     if dist.get_rank() == 0:
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1))
 
@@ -55,47 +53,19 @@ def read_state(folder: Path) -> TrainerState:
         ) from None
 
 
-def needs_universal(state: TrainerState, world_size: int, zero_stage: int) -> bool:
+def fits(state: TrainerState, world_size: int, zero_stage: int) -> bool:
     """Stage 0 keeps whole states on every rank; partitioned states fit only their own number of workers and stage."""
-    return (state.world_size, state.zero_stage) != (world_size, zero_stage) and zero_stage > 0
+    return zero_stage == state.zero_stage and (zero_stage == 0 or world_size == state.world_size)
 
 
-def load(engine: Any, folder: Path, scratch: Path | None) -> None:
-    """Put weights and optimiser state back into the engine; through a copy in `scratch` where `needs_universal` says so.
-
-    DeepSpeed's universal loader of ZeRO-3 copies the options of the first parameter group into all, and gives all of them
-    one step counter, which every group then increments: Adam would correct its bias for a later step. Both are mended here.
-    """
-    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    if scratch is not None and _is_first_on_node():
-        convert_to_universal(folder, scratch)
-    dist.barrier()
-    loaded, _ = engine.load_checkpoint(str(scratch or folder), tag=TAG)
-    if loaded is None:
+def load(engine: Any, folder: Path) -> None:
+    """Put weights and optimiser state back into a fresh engine, whatever number of workers and ZeRO stage wrote them."""
+    state = read_state(folder)
+    if not fits(state, dist.get_world_size(), engine.zero_optimization_stage()):
+        resharding.restore(engine, folder / TAG)
+    elif engine.load_checkpoint(str(folder), tag=TAG)[0] is None:
         raise RunError(f"checkpoint {folder}: DeepSpeed could not load it")
-    dist.barrier()
-    if scratch is not None and _is_first_on_node():
-        shutil.rmtree(scratch)
-    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    if scratch is not None:
-        for values in engine.optimizer.optimizer.state.values():
-            values["step"] = values["step"].clone()
-
-
-def _is_first_on_node() -> bool:
-    return os.environ["LOCAL_RANK"] == "0"
-
-
-def convert_to_universal(folder: Path, target: Path) -> None:
-    """A copy of the checkpoint that loads at any number of workers and any stage."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(folder / TAG), "--output_folder", str(target / TAG)]
-    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunError(f"checkpoint {folder}: cannot be converted for another number of workers: {reason}")
+    dist.barrier()  # the folder may go once all have read it
 
 
 def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:

@@ -91,7 +91,8 @@ class ReferenceSection(Section):
     """Folder of reference log-probs shared by runs; null scores anew in every run."""
     num_actors: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], EXECUTION] = 1
     num_cpus_per_actor: Annotated[float, Field(ge=0), EXECUTION] = 0.5
-    num_gpus_per_actor: Annotated[float, Field(ge=0, le=1), EXECUTION] = 0
+    num_gpus_per_actor: Annotated[float, Field(ge=0), EXECUTION] = 0
+    """A fraction shares a GPU with other actors; several split the model's layers over GPUs of one node."""
     batch_tokens: Annotated[PositiveInt, EXECUTION] = 16384
     label_selector: Annotated[dict[str, str] | None, EXECUTION] = None
 
@@ -104,6 +105,13 @@ class ReferenceSection(Section):
                 " model.revision"
             )
         return revision
+
+    @field_validator("num_gpus_per_actor")
+    @classmethod
+    def _several_gpus_are_whole_ones(cls, num_gpus: float) -> float:
+        if num_gpus > 1 and not num_gpus.is_integer():
+            raise ValueError("a fraction of one GPU (below 1) or a whole number of them; round it up or down")
+        return num_gpus
 
     @field_validator("num_actors")
     @classmethod

@@ -35,6 +35,7 @@ class TokenBatch:
     slot: Tensor  # [N] row * K + response index
     shape: tuple[int, int]  # rows, K = the most responses of any row
     num_tokens: int  # of all sequences, without padding
+    num_token_pairs: int  # query and key, in all sequences: their lengths squared, without padding
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
@@ -107,7 +108,7 @@ def _chunk_logps(
     logits = transform(head(hidden))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Not log_softmax: it would hold a second array of the vocabulary's width.
-    return logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return logits.gather(-1, target.to(logits.device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def _shape(rows: Sequence[Row]) -> tuple[int, int]:
@@ -152,4 +153,5 @@ def _lay_out(sequences: Sequences, first_slot: np.ndarray, shape: tuple[int, int
         slot=torch.from_numpy(first_slot[row] + segment[piece] - 1),
         shape=shape,
         num_tokens=int(length.sum()),
+        num_token_pairs=int(np.square(np.bincount(sequence, length)).sum()),
     )

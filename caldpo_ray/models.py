@@ -227,8 +227,11 @@ def _model_error(path: str) -> type[InputError]:
     return InputError if is_remote(path) or Path(path).is_dir() else NotReady
 
 
-def load_model(model: ModelSection, dtype: str) -> Any:
-    """The causal LM in eval mode with dropout off, LoRA not applied. Raises InputError or NotReady naming what is broken."""
+def load_model(model: ModelSection, dtype: str, over_gpus: bool = False) -> Any:
+    """The causal LM in eval mode with dropout off, LoRA not applied; `over_gpus` spreads its layers over all visible GPUs.
+
+    Raises InputError or NotReady naming what is broken.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -237,6 +240,8 @@ def load_model(model: ModelSection, dtype: str) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": model.trust_remote_code}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
+    if over_gpus:
+        options["device_map"] = "balanced"
     try:
         name = local_name(model.name_or_path)
         loaded = AutoModelForCausalLM.from_pretrained(name, revision=model.revision, **options)
@@ -246,6 +251,11 @@ def load_model(model: ModelSection, dtype: str) -> Any:
             f"model.name_or_path {model.name_or_path}: cannot be loaded as a causal language model: {reason}"
         ) from None
     loaded.name_or_path = model.name_or_path  # an adapter writes it down as its base: never the copy on this node
+    if over_gpus and any(parameter.device.type != "cuda" for parameter in loaded.parameters()):
+        raise InputError(
+            f"reference {model.name_or_path}: does not fit the {torch.cuda.device_count()} GPUs of an actor; raise"
+            " reference.num_gpus_per_actor"
+        )
     loaded.config.use_cache = False
     disable_dropout(loaded)
     return loaded.eval()

@@ -116,7 +116,7 @@ def require_placeable(
 
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
     needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount) or "nothing"
-    label = f" on a node labelled {bundle.labels}" if bundle.labels else ""
+    label = f" on a node labelled {bundle.labels}" if bundle.labels else " on one node"
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
         f" labels {_own_labels(node.labels)}"

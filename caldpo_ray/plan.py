@@ -105,7 +105,9 @@ def _memory_lines(config: Config) -> Iterator[str]:
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in shares.items())
     yield f"memory     per policy worker at ZeRO-{stage}: {sum(shares.values()) / GIB:.2f} GiB ({listed}) plus activations"
     if config.objective.needs_reference:
-        yield f"           per reference actor: {parameters * width / GIB:.2f} GiB plus activations"
+        num_gpus = config.reference.num_gpus_per_actor
+        over = f" over {num_gpus:g} GPUs" if num_gpus > 1 else ""
+        yield f"           per reference actor: {parameters * width / GIB:.2f} GiB{over} plus activations"
 
 
 def count_parameters(config: Config) -> tuple[int, int]:

@@ -55,13 +55,15 @@ class ReferenceScorer:
             feed.place.remote(this_place("reference actor"))
         self._told = ""
         self._batch_tokens = job.settings.batch_tokens
-        device = torch.device("cuda" if job.settings.num_gpus_per_actor > 0 and torch.cuda.is_available() else "cpu")
+        num_gpus = job.settings.num_gpus_per_actor if torch.cuda.is_available() else 0
         try:
             self._rows = RowCache(folders)
-            model = load_model(job.model, job.dtype).to(device)
+            model = load_model(job.model, job.dtype, over_gpus=num_gpus > 1)
         except InputError as error:
             self._told = tell(error)
             return
+        if 0 < num_gpus <= 1:
+            model.to("cuda")
         self._vocab_size = model.config.get_text_config().vocab_size
         self._scorer = ResponseScorer(model, pad_id=0)
         self._scorer.layout = choose_layout(self._scorer).layout

@@ -74,9 +74,11 @@ class ResponseScorer(torch.nn.Module):
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids, use_cache=False, **self._attention(batch)
         ).last_hidden_state
-        scored = hidden.flatten(0, 1)[batch.source]
+        # A model over several devices gives its hidden states on the last one and its logits on the head's.
+        scored = hidden.flatten(0, 1)[batch.source.to(hidden.device)]
         head = self.model.get_output_embeddings()
-        return token_logps(scored, batch.target, head, num_head_chunks, self.logit_transform)
+        logps = token_logps(scored, batch.target, head, num_head_chunks, self.logit_transform)
+        return logps.to(batch.target.device)
 
     def _attention(self, batch: TokenBatch) -> dict[str, Tensor]:
         if batch.position_ids is None:

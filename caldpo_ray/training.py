@@ -27,6 +27,7 @@ from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.flops import forward_cost, peak_flops_of_workers
 from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import load_tokenizer
@@ -92,8 +93,8 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 
 @large_imports()
-def build_engine(config: Config, model: ModelSection, device: torch.device, universal: bool) -> Any:
-    """A DeepSpeed engine whose module is the shared `ResponseScorer`; `universal` if it will load a converted checkpoint."""
+def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
+    """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
     import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
 
     from caldpo_ray.models import add_lora, load_model
@@ -104,8 +105,6 @@ def build_engine(config: Config, model: ModelSection, device: torch.device, univ
     # Before anything is partitioned: DeepSpeed reads the world size from its own wrapper of the process group.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     settings = deepspeed_config(config, dist.get_world_size())
-    if universal:
-        settings["checkpoint"] = {"load_universal": True}
     with partitioned_loading(settings):
         policy = load_model(model, config.model.dtype)
         if config.model.lora is not None:
@@ -142,12 +141,12 @@ class PolicyWorker:
         self.rows_digest: str = ray.get(self.feed.rows_digest.remote())
         self.checkpoint = ray.train.get_checkpoint()
         self.state = self._read_checkpoint()
-        stage = self.config.train.deepspeed.zero_stage
-        self.universal = self.state is not None and checkpoint.needs_universal(self.state, self.world_size, stage)
         self.policy = ModelSection.model_validate(settings["model"])
-        self.engine = build_engine(self.config, self.policy, self.device, self.universal)
+        self.engine = build_engine(self.config, self.policy, self.device)
         if self.engine.module.misfit and self.rank == 0:
             self.feed.note.remote(f"every response runs with a copy of its prompt: {self.engine.module.misfit}")
+        self.cost = forward_cost(self.engine.module.model, self.config.model.gradient_checkpointing)
+        self.peak_flops = peak_flops_of_workers(self.device, self.config.model.dtype)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
@@ -187,9 +186,7 @@ class PolicyWorker:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
         if self.checkpoint is not None:
             with self.checkpoint.as_directory() as folder:
-                # Named by the attempt: what an attempt that was killed left behind is never taken for a whole one.
-                scratch = Path(tempfile.gettempdir()) / f"caldpo-universal-{self.attempt}"
-                checkpoint.load(self.engine, Path(folder), scratch if self.universal else None)
+                checkpoint.load(self.engine, Path(folder))
         state = self.state
         if self.rank == 0:
             truncate_metrics(self.run.metrics, state.step if state else 0)
@@ -201,14 +198,12 @@ class PolicyWorker:
             return None
         # Not from `as_directory`, which would download all of a remote checkpoint for it.
         state = checkpoint.read_state(self.run.path / "checkpoints" / Path(self.checkpoint.path).name)
-        stage = self.config.train.deepspeed.zero_stage
         changed = [
             name
             for name, before, now in (
                 ("config", state.identity, self.settings["identity"]),
                 ("reference", state.reference_key, self.settings["reference_key"]),
                 ("rows", state.rows_digest, self.rows_digest),
-                ("choice between ZeRO stage 0 and higher ones", state.zero_stage == 0, stage == 0),
             )
             if before != now
         ]
@@ -262,7 +257,9 @@ class PolicyWorker:
             if evaluating:
                 part |= metrics.calibration_bins(self.objective, logps, *inputs)
             compared = metrics.num_compared(self.objective, *inputs[1:])
-            part["executed"] = (torch.stack([compared, torch.full_like(compared, batch.num_tokens)]), compared)
+            flops = self.cost.executed(batch, micro_batch.num_head_chunks, backward=not evaluating)
+            counts = [torch.full_like(compared, count, dtype=torch.float64) for count in (batch.num_tokens, flops)]
+            part["executed"] = (torch.stack([compared.double(), *counts]), compared)
             gap = logps.detach() - reference if reference is not None else torch.zeros_like(logps)
         return output.losses * weights, part, gap
 
@@ -358,7 +355,7 @@ class PolicyWorker:
         waits = torch.tensor(list(self.waits.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(waits, dist.ReduceOp.MAX)
         seconds = time.monotonic() - started
-        pairs, tokens = totals.pop("executed")[0].tolist()
+        pairs, tokens, flops = totals.pop("executed")[0].tolist()
         line: dict[str, Any] = {
             "step": step,
             "epoch": schedule.rows_consumed(step) / schedule.num_rows,
@@ -367,6 +364,7 @@ class PolicyWorker:
         }
         line |= metrics.finalise(totals)
         line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        line |= {"mfu": flops / seconds / self.peak_flops} if self.peak_flops else {}
         line |= dict(zip(self.waits, waits.tolist(), strict=True))
         self.waits = dict.fromkeys(self.waits, 0.0)
         return line

@@ -25,7 +25,7 @@ def main(path: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config = load_config(path, overrides)
-    engine = build_engine(config, config.model, torch.device("cpu"), universal=False)
+    engine = build_engine(config, config.model, torch.device("cpu"))
     found = {"loaded": peak_mib()}
     ids = np.arange(2, 22, dtype=np.int32)
     row = Row("row", ids[:8], [ids[8:14], ids[10:20]], np.full(2, np.nan, np.float32))

@@ -84,6 +84,7 @@ def test_workers_accumulation_and_stage(baseline_config: Path, baseline: RunDir,
 
 
 def test_a_killed_driver_resumes_with_another_number_of_workers(baseline_config: Path, baseline: RunDir) -> None:
+    """At the same ZeRO stage; the other combinations are in `tests/unit/test_resharding.py`."""
     overrides = ("train.deepspeed.zero_stage=3", "train.save_every=6")
     killed = start(baseline_config, "elastic", "train.num_workers=2", *overrides)
     killed.wait_for_step(14)
@@ -98,7 +99,7 @@ def test_a_killed_driver_resumes_with_another_number_of_workers(baseline_config:
 def test_an_interrupted_run_goes_on_with_the_same_rows_only(
     baseline_config: Path, baseline: RunDir, world: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C is exit code 130; the run then refuses other rows, and goes on where it was with these."""
+    """Ctrl-C is exit code 130; the run then refuses other rows, and goes on where it was with these, at another ZeRO stage."""
     rows = tmp_path / "rows.jsonl"
     shutil.copy(world / "train.jsonl", rows)
     overrides = (f"data.train={rows}", "train.save_every=6")
@@ -113,7 +114,7 @@ def test_an_interrupted_run_goes_on_with_the_same_rows_only(
         train(baseline_config, "interrupted", *overrides)
     shutil.copy(world / "train.jsonl", rows)
     before = interrupted.lines()
-    resumed = train(baseline_config, "interrupted", *overrides)
+    resumed = train(baseline_config, "interrupted", *overrides, "train.deepspeed.zero_stage=0")
     assert resumed.last_step_kept(before) >= 12, "resumed from a checkpoint, of which there was one every 6 steps"
     assert_close(resumed, baseline, 2e-3)
 

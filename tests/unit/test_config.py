@@ -93,6 +93,10 @@ def test_fewer_rows_than_workers_and_bf16_at_stage_0_are_refused(path: Path) -> 
         (["train.num_workers=65"], "train.batch_size = 64: smaller than train.num_workers = 65"),
         (["reference.revision=v2"], "reference.revision = 'v2': names a revision of another reference"),
         (["reference.num_actors=[4, 1]"], "a range is [lowest, highest]"),
+        (
+            ["reference.num_gpus_per_actor=1.5"],
+            "num_gpus_per_actor = 1.5: a fraction of one GPU (below 1) or a whole number",
+        ),
         (["train.deepspeed.offload_param=true"], "train.deepspeed.offload_param = True: needs zero_stage 3"),
         (
             ["train.deepspeed.offload_optimizer=true", "train.deepspeed.zero_stage=0"],

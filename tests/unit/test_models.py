@@ -83,7 +83,7 @@ def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path, remote: bool, m
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_()
+                parameter.normal_(std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     shutil.copy(drawn / "tokenizer.json", tmp_path / "adapter")
     shutil.copy(drawn / "tokenizer_config.json", tmp_path / "adapter")
@@ -115,3 +115,9 @@ def test_a_hub_that_cannot_be_reached_may_be_tried_again(tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(NotReady, match="no/such-model: no such folder here, and the hub cannot be reached"):
         resolve(Path("no/such-model"), tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine on which no layer finds a GPU")
+def test_a_reference_that_spills_over_its_gpus_is_refused(drawn: Path) -> None:
+    with pytest.raises(InputError, match=r"does not fit the 0 GPUs of an actor; raise reference\.num_gpus_per_actor"):
+        load_model(ModelSection(name_or_path=str(drawn)), "float32", over_gpus=True)

@@ -62,6 +62,28 @@ def test_a_cluster_that_is_too_small_is_described(tmp_path: Path, monkeypatch: p
         require_placeable(load_config(path, [*crowded, "reference.store=null"]), True)
 
 
+def test_the_gpus_of_an_actor_are_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {use_gpu: true, num_workers: 3}"
+    )
+    config = load_config(
+        path, ["reference.num_gpus_per_actor=4", "reference.store=null", "train.placement_timeout_seconds=0.01"]
+    )
+    small, large = ({"CPU": 8.0, "GPU": num_gpus} for num_gpus in (2.0, 4.0))
+    nodes = [Node(name, resources, {}) for name, resources in (("a", small), ("b", small), ("c", small), ("d", large))]
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[:3])
+    with pytest.raises(
+        NotReady, match=r"reference actor .*needs 0\.5 CPU, 4 GPU on one node .*a: 8 CPU, 2 GPU.*c: 8 CPU, 2"
+    ):
+        require_placeable(config, True)
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[2:])
+    with pytest.raises(NotReady, match="beside the policy workers"):
+        require_placeable(config, True)  # 2 + 4 GPUs for 3 workers and the actor
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[1:])
+    assert require_placeable(config, True) is True
+
+
 def test_data_tasks_need_a_place_before_the_others_not_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The oracle everywhere is the unmodified Hugging Face model: its logits on [prompt | response], full log-softmax."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from caldpo_ray import scoring
 from caldpo_ray.errors import InputError
@@ -292,3 +293,53 @@ def test_without_dropout_train_mode_scores_as_eval_mode(family: str) -> None:
     assert not torch.equal(before, expected)  # there was dropout to switch off
     assert torch.equal(scorer(batch, 1), expected)
     assert model.config.to_dict() == kept  # an exported model keeps the user's settings
+
+
+# -- one model over several devices --------------------------------------------------------------------------------------
+
+
+def device_map(model: PreTrainedModel, first: Any, last: Any) -> dict[str, Any]:
+    """The second layer and what comes after it on another device; a tied head stays with the embedding."""
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    places: dict[str, Any] = {}
+    for name, child in model.get_decoder().named_children():
+        if isinstance(child, torch.nn.ModuleList):
+            places |= {f"{decoder}.{name}.{number}": (first, last)[number] for number in range(len(child))}
+        else:
+            places[f"{decoder}.{name}"] = last if name in ("norm", "ln_f", "final_layer_norm") else first
+    return places | {"lm_head": first if model.config.tie_word_embeddings else last}
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_a_model_of_which_parts_are_elsewhere_scores_the_same(family: str, num_chunks: int, tmp_path: Path) -> None:
+    """Their weights are on disk until accelerate's hook of the module runs: nothing may read one outside of its module."""
+    whole, rows = tiny_model(family), random_rows(*MIXED_K)
+    whole.save_pretrained(tmp_path)
+    options = {"device_map": device_map(whole, "cpu", "disk"), "offload_folder": tmp_path / "offload"}
+    parted = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=whole.config._attn_implementation, **options
+    ).eval()
+    assert {parameter.device.type for parameter in parted.parameters()} == {"cpu", "meta"}
+    scorers = [ResponseScorer(model, PAD_ID) for model in (whole, parted)]
+    for scorer in scorers:
+        scorer.layout = choose_layout(scorer).layout
+        assert scorer.layout == "shared_prefix"
+    for batch in ([rows[0]], rows):
+        np.testing.assert_array_equal(*(score_rows(scorer, batch, num_chunks) for scorer in scorers))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_layers_on_two_devices(family: str) -> None:
+    from accelerate import dispatch_model
+
+    whole, parted, rows = tiny_model(family), tiny_model(family), random_rows(*MIXED_K)
+    dispatch_model(parted, device_map(parted, "cpu", 0), main_device="cpu")
+    assert {parameter.device.type for parameter in parted.parameters()} == {"cpu", "cuda"}
+    scorers = [ResponseScorer(model, PAD_ID) for model in (whole, parted)]
+    for scorer in scorers:
+        scorer.layout = choose_layout(scorer).layout
+        assert scorer.layout == "shared_prefix"
+    np.testing.assert_allclose(*(score_rows(scorer, rows, 3) for scorer in scorers), atol=1e-3)
