@@ -115,7 +115,7 @@ DEFAULT_STORE = "runs/.cache/reference"
 def reference_build(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Score all rows of a config into its store, without training."""
     from caldpo_ray.config import load_config
-    from caldpo_ray.pipeline import build_reference
+    from caldpo_ray.reference_verbs import build_reference
 
     build_reference(load_config(config, overrides or []), verbose)
 
@@ -129,7 +129,7 @@ def reference_verify(
 ) -> None:
     """Check the store's checksums and score random rows again."""
     from caldpo_ray.config import load_config
-    from caldpo_ray.pipeline import verify_reference
+    from caldpo_ray.reference_verbs import verify_reference
 
     verify_reference(load_config(config, overrides or []), count, verbose)
 

@@ -276,7 +276,7 @@ def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str) -> Float
     with _our_errors(f"scoring by the {role}"):
         for answered, logps in reference_logps(job, [folder], numbers, progress):
             known[answered] = logps
-    say(f"{role}: {progress.joined} log-probs joined, {progress.scored} scored")
+    say(f"{role}: {progress.joined} log-probs known, {progress.scored} scored")
     return known[distinct.of_response]
 
 

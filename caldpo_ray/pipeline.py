@@ -3,15 +3,14 @@
 Every stage knows its own input; only this module knows their order. `train` returns when the model lies in the run directory.
 """
 
+import errno
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
@@ -26,15 +25,11 @@ from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
 from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.placement import require_placeable
-from caldpo_ray.progress import PLAIN_SECONDS, Place, Watcher, say
+from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
     ReferenceJob,
-    ReferenceProgress,
-    probe_tolerance,
-    reference_logps,
     reference_model,
 )
-from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import (
     RunDir,
     changed_execution_keys,
@@ -43,10 +38,11 @@ from caldpo_ray.run_dir import (
     open_run_dir,
     read_metrics,
     require_lasting_folders,
-    require_writable,
 )
 from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
-from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
+from caldpo_ray.store import ReferenceStore, store_key
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,11 @@ def train(
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)
+    with _full_disk_told(config.run_dir):
+        return _train(config, fresh, verbose)
+
+
+def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     identity = identity_digest(config)
     require_lasting_folders(config)
     changes = changed_execution_keys(config, RunDir(open_path(config.run_dir)))
@@ -90,22 +91,39 @@ def train(
     run.write_status("running", None, "", identity)
     try:
         connect(verbose)
-        prepared = prepare(config, run)
-        fit(prepared)
-        finish(prepared)
-    except KeyboardInterrupt:
-        run.write_status("interrupted", 130, "stopped by the user; the same command resumes it", identity)
-        raise
-    except (InputError, RunError) as error:
-        lasting = isinstance(error, InputError) and not isinstance(error, NotReady)
-        code, stamp = (2 if isinstance(error, InputError) else 3), (input_stamp(config) if lasting else None)
-        run.write_status("failed", code, str(error), identity, stamp)
-        raise
-    except Exception as error:
-        run.write_status("failed", 1, last_line(error), identity)
+        with _full_disk_told(config.run_dir):
+            prepared = prepare(config, run)
+            fit(prepared)
+            finish(prepared)
+    except BaseException as error:
+        with suppress(OSError):  # the reason to stop may be that nothing can be written
+            _write_end(run, config, identity, error)
         raise
     run.write_status("complete", 0, "", identity)
     return run
+
+
+def _write_end(run: RunDir, config: Config, identity: str, error: BaseException) -> None:
+    """What stopped the run, for whoever starts it again."""
+    if isinstance(error, KeyboardInterrupt):
+        run.write_status("interrupted", 130, "stopped by the user; the same command resumes it", identity)
+    elif isinstance(error, InputError):
+        stamp = None if isinstance(error, NotReady) else input_stamp(config)
+        run.write_status("failed", 2, str(error), identity, stamp)
+    else:
+        run.write_status("failed", 3 if isinstance(error, RunError) else 1, last_line(error), identity)
+
+
+@contextmanager
+def _full_disk_told(run_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(
+            f"{error.filename or run_dir}: cannot be written ({error.strerror}); make room there, and the same command goes on"
+        ) from error
 
 
 def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
@@ -167,7 +185,7 @@ def connect(verbose: bool) -> None:
         level = logging.INFO if verbose else logging.ERROR
         try:
             ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
-        except (ConnectionError, RuntimeError) as error:
+        except Exception as error:  # a node that is slow to start raises a plain Exception
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             raise NotReady(
                 f"Ray: {where} cannot be used ({last_line(error)}); check RAY_ADDRESS, or unset it"
@@ -211,72 +229,6 @@ def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
         facts = {"model": settings.name_or_path or model.name_or_path, "weights": frozen.weights, "dtype": dtype}
         store = ReferenceStore.create(open_path(settings.store).absolute(), key, facts)
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), key, dtype, settings, store)
-
-
-def build_reference(config: Config, verbose: bool = False) -> None:
-    """Fill the reference store for this config's rows without training. Raises InputError when there is no store."""
-    prepared = _prepare_reference(config, verbose)
-    assert prepared.job is not None
-    progress = ReferenceProgress()
-    order = np.arange(prepared.num_train + prepared.num_eval)
-    said = time.monotonic()
-    for _ in _translated(reference_logps(prepared.job, prepared.folders, order, progress)):
-        if time.monotonic() - said >= PLAIN_SECONDS:
-            say(f"reference: {progress.joined} joined, {progress.scored} scored of {progress.wanted}")
-            said = time.monotonic()
-    say(f"reference: {progress.joined} joined, {progress.scored} scored of {progress.wanted} distinct responses")
-    assert prepared.job.store is not None
-    say(f"reference: complete in {prepared.job.store.folder}")
-
-
-def verify_reference(config: Config, count: int, verbose: bool = False) -> None:
-    """Check every part of the store and score `count` random rows again. Raises RunError when a value differs."""
-    prepared = _prepare_reference(config, verbose)
-    job = prepared.job
-    assert job is not None and job.store is not None
-    rows = RowCache(prepared.folders)
-    distinct = distinct_responses(rows.digests())
-    stored = join(distinct.digests, *job.store.load())
-    known = np.flatnonzero(~np.isnan(stored))
-    if not len(known):
-        raise InputError(f"reference store {job.store.folder}: holds none of this config's responses; build it first")
-    chosen = np.random.default_rng(config.run.seed).choice(known, min(count, len(known)), replace=False)
-    places = np.unique(np.searchsorted(rows.first_response, distinct.first[chosen], side="right") - 1)
-    off, compared = 0.0, 0
-    for numbers, logps in _translated(
-        reference_logps(replace(job, store=None), prepared.folders, places, ReferenceProgress())
-    ):
-        both = ~np.isnan(stored[numbers])
-        compared += int(both.sum())
-        off = max(off, float(np.abs(logps - stored[numbers])[both].max(initial=0.0)))
-        allowed = probe_tolerance(job.dtype, rows.response_lengths()[distinct.first[numbers]])
-        if (np.abs(logps - stored[numbers]) > allowed)[both].any():
-            raise RunError(
-                f"reference store {job.store.folder}: a stored log-prob is off by {off:.4f} nats; remove it with"
-                f" `caldpo reference remove {job.store.folder.name}`"
-            )
-    say(
-        f"reference {job.store.folder.name}: checksums good, {compared} responses scored again, largest difference {off:.2g} nats"
-    )
-
-
-def _prepare_reference(config: Config, verbose: bool) -> Prepared:
-    if not config.objective.needs_reference:
-        raise InputError(f"objective.name = {config.objective.name}: needs no reference")
-    if config.reference.store is None:
-        raise InputError("reference.store is null: there is no store to fill or verify; give a folder")
-    require_lasting_folders(config)
-    require_writable(config)
-    connect(verbose)
-    return prepare(config, RunDir(open_path(config.run_dir).absolute()), needs_workers=False)
-
-
-def _translated(answers: Iterator[Any]) -> Iterator[Any]:
-    """The same values; an error that crossed Ray comes out as ours."""
-    try:
-        yield from answers
-    except Exception as error:
-        raise find_error(error) or RunError(f"the reference stage stopped: {last_line(error)}") from error
 
 
 def fit(prepared: Prepared) -> None:
@@ -415,4 +367,8 @@ def finish(prepared: Prepared) -> None:
             )
     if evaluations:
         write_atomically(run.eval, json.dumps(evaluations[-1], indent=1))
+    trained = [line for line in lines if line["split"] == "train"]
+    say(f"last step of training: {describe_metrics(trained[-1])}")
+    if evaluations:
+        say(f"held-out rows:         {describe_metrics(evaluations[-1])}")
     say(f"done: model in {run.model}")

@@ -121,7 +121,7 @@ class Watcher:
         try:
             progress = ray.get(self._feed.progress.remote(), timeout=5)
         except RayError:
-            return "waiting for the feed"
+            return f"{time.monotonic() - self._started:4.0f} s  starting"
         if progress.started and not self._placed:
             self._news.append(describe_places(progress.places.values()))
             self._placed = True
@@ -134,8 +134,8 @@ class Watcher:
         if line is None or not progress.started:
             reference = progress.reference
             scored = (
-                f"; reference {reference.joined} joined, {reference.scored} scored of {reference.wanted}"
-                if reference
+                f"; reference log-probs: {reference.joined} known, {reference.scored} scored, of {reference.wanted}"
+                if reference and reference.wanted
                 else ""
             )
             state = "first step" if progress.started else "starting workers"
@@ -148,13 +148,17 @@ class Watcher:
             self._first = (step, now)
         done, seconds = step - self._first[0], now - self._first[1]
         eta = f"{seconds / done * (self._num_steps - step):.0f} s" if done else "?"
-        parts = [f"step {step}/{self._num_steps}", f"loss {line['loss']:.4g}"]
-        for name, key in (("h_w", "logratios/chosen"), ("h_l", "logratios/rejected"), ("margin", "logratios/margins")):
-            if key in line:
-                parts.append(f"{name} {line[key]:+.2f}")
-        if "rewards/accuracies" in line:
-            parts.append(f"acc {line['rewards/accuracies']:.2f}")
         unit = "pairs" if "rewards/accuracies" in line else "rows"
-        return "  ".join(
-            [*parts, f"{line['pairs_per_second']:.0f} {unit}/s", f"{line['tokens_per_second']:.0f} tok/s", f"ETA {eta}"]
-        )
+        speeds = (f"{line['pairs_per_second']:.0f} {unit}/s", f"{line['tokens_per_second']:.0f} tok/s")
+        return "  ".join([f"step {step}/{self._num_steps}", describe_metrics(line), *speeds, f"ETA {eta}"])
+
+
+def describe_metrics(line: dict[str, Any]) -> str:
+    """What one looks at first: loss, log-ratios in nats (of chosen h_w, of rejected h_l, their margin), accuracy."""
+    parts = [f"loss {line['loss']:.4g}"]
+    for name, key in (("h_w", "logratios/chosen"), ("h_l", "logratios/rejected"), ("margin", "logratios/margins")):
+        if key in line:
+            parts.append(f"{name} {line[key]:+.2f}")
+    if "rewards/accuracies" in line:
+        parts.append(f"acc {line['rewards/accuracies']:.2f}")
+    return "  ".join(parts)

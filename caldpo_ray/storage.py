@@ -92,8 +92,12 @@ def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
         filesystem.pipe_file(name, bytes(content))
         return
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    scratch.write_bytes(content)
-    scratch.replace(path)
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError:  # a full disk: leave nothing behind
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def read_bytes(path: Path) -> bytes:

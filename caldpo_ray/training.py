@@ -427,8 +427,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         dist.destroy_process_group()  # peers inside a collective wake up with an error
     except Exception as error:
         if ray.get(feed.progress.remote()).failure is None:
+            restarts = settings["config"]["train"]["max_failures"]
             feed.note.remote(
-                f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)});"
-                " starting again from the last checkpoint"
+                f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}); Ray Train starts the group"
+                f" again from the last checkpoint, train.max_failures = {restarts} times"
             )
             raise

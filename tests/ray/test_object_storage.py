@@ -28,7 +28,7 @@ URL = "s3://data/runs"
 AFTERWARDS = """
 import json, sys
 from caldpo_ray import evaluate, load_config
-from caldpo_ray.pipeline import build_reference, verify_reference
+from caldpo_ray.reference_verbs import build_reference, verify_reference
 url, config = sys.argv[1:]
 evaluate(url, num_samples=20, scores=f"{url}/scores.jsonl")
 build_reference(load_config(config, ["run.name=again"]))

@@ -48,7 +48,7 @@ LAYERS = [
         "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},
-    {"placement", "held_out", "pipeline", "evaluation", "export", "plan", "cli", "__main__"},
+    {"placement", "held_out", "pipeline", "reference_verbs", "evaluation", "export", "plan", "cli", "__main__"},
 ]
 # A stage never imports another, but for records: the feed joins the reference's answers, and workers read what the feed cuts.
 BETWEEN_STAGES = {("feed", "reference"), ("training", "feed"), ("training", "reference")}
