@@ -89,6 +89,6 @@ def draw_rewards(axes: Axes, results: Sequence[Result], base: Result) -> None:
     # The optimum grows like the square root of a small KL: on this axis it is nearly a straight line.
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axes.set_xlim(0, widest)
-    axes.set(xlabel="KL(policy || reference) per response (nats)", ylabel="true reward per response")
+    axes.set(xlabel="KL(policy || reference) per response (nats, square-root axis)", ylabel="true reward per response")
     axes.set_title("True reward bought for KL")
     axes.legend(frameon=False, loc="upper left")  # nothing can lie above the optimum

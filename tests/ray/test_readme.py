@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from caldpo_ray.cli import main
 from caldpo_ray.config import load_config
+from caldpo_ray.objectives import get_objective
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,20 @@ TAKES_OVERRIDES = ("plan", "preview", "train")
 )
 def test_configs_of_the_examples(config: Path) -> None:
     assert load_config(config).run.name == config.stem
+
+
+def test_the_other_config_and_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = re.findall(r"```yaml\n# my-gpus.yaml\n(.*?)```", README, re.DOTALL)
+    (source,) = re.findall(r"```python\n# my_losses.py, used by objective='(?:.*?)'\n(.*?)```", README, re.DOTALL)
+    (objective,) = re.findall(r"used by (objective='.*?')", README)
+    (tmp_path / "my-gpus.yaml").write_text(config)
+    (tmp_path / "my_losses.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_config(tmp_path / "my-gpus.yaml").train.use_gpu
+    found = load_config(tmp_path / "my-gpus.yaml", shlex.split(objective)).objective
+    logps = torch.tensor([[-1.0, -2.0], [-5.0, -1.0]])
+    losses = get_objective(**found.model_dump())(logps, torch.zeros(2, 2), torch.ones(2, 2)).losses
+    assert losses.tolist() == [1.0, 6.0]
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
