@@ -22,11 +22,11 @@ from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
-from caldpo_ray.export import read_model_manifest, resolve_weights
+from caldpo_ray.export import read_model_manifest
 from caldpo_ray.feed import split_rows
 from caldpo_ray.held_out import HeldOut, measure, summarise, write_scores
 from caldpo_ray.metrics import merge
-from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel
+from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.pipeline import connect
@@ -36,7 +36,7 @@ from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logp
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
-from caldpo_ray.storage import is_complete, local_copy, open_path, probe_write, reaching, write_atomically
+from caldpo_ray.storage import local_copy, open_path, probe_write, reaching, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
 from caldpo_ray.world import is_world
 
@@ -133,7 +133,7 @@ def _open(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
 
 
 def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subject:
-    if not is_complete(run.model):
+    if not holds_model(run.model):
         state = run.read_status().get("state", "unknown")
         raise InputError(f"run {run.path}: no model yet (state: {state}); the same `caldpo train` command resumes it")
     config = load_config(run.config, overrides)
@@ -206,7 +206,8 @@ def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
     if weights.init is None and folder.is_dir() and not any(file for p in WEIGHT_PATTERNS for file in folder.glob(p)):
         raise InputError(f"model {folder}: holds no weights; give a folder with safetensors")
     init = weights.init or subject.cache / "merged" / _adapter_key(folder)
-    found = resolve_weights(weights.name, weights.revision, subject.config, init, subject.cache / "models.json")
+    trusted, seed = subject.config.model.trust_remote_code, subject.config.run.seed
+    found = resolve_model(weights.name, weights.revision, trusted, init, seed, subject.cache / "models.json")
     if weights.digest not in (None, found.weights):
         raise InputError(
             f"reference {weights.name}: its weights are not those that {subject.policy.name} was trained against (digest"

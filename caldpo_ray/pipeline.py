@@ -22,7 +22,7 @@ from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
-from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
+from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
 from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
@@ -82,7 +82,7 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     require_lasting_folders(config)
     changes = changed_execution_keys(config, RunDir(open_path(config.run_dir)))
     run = open_run_dir(config, fresh)
-    if run.read_status().get("state") == "complete":
+    if run.read_status().get("state") == "complete" and holds_model(run.model):
         say(f"{run.path}: this run is complete; its model is in {run.model}")
         return run
     _refuse_what_failed_before(config, run)
