@@ -24,7 +24,7 @@ from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.export import read_model_manifest
 from caldpo_ray.feed import split_rows
-from caldpo_ray.held_out import HeldOut, measure, summarise, write_scores
+from caldpo_ray.held_out import HeldOut, measure, summarise, table, write_scores
 from caldpo_ray.metrics import merge
 from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
@@ -72,6 +72,8 @@ def evaluate(
     _require_writable(subject.home, "--output")
     _require_writable(subject.cache, "run.output_dir=")
     if scores is not None:
+        if open_path(scores).is_dir():
+            raise InputError(f"--scores {scores}: is a folder; give a file in it")
         _require_writable(open_path(scores).absolute().parent, "--scores")
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
@@ -96,6 +98,7 @@ def evaluate(
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
     write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
+    say("\n".join([f"{len(numbers)} held-out rows, [95 % intervals]:", *table(result)]))
     say(f"evaluation in {subject.home / 'eval.json'}")
     return result
 
@@ -135,7 +138,10 @@ def _open(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
 def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subject:
     if not holds_model(run.model):
         state = run.read_status().get("state", "unknown")
-        raise InputError(f"run {run.path}: no model yet (state: {state}); the same `caldpo train` command resumes it")
+        raise InputError(
+            f"run {run.path}: no whole model in model/ (state: {state}); the same `caldpo train` command goes on from the last"
+            " checkpoint and writes it"
+        )
     config = load_config(run.config, overrides)
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"eval": data})})
@@ -145,9 +151,10 @@ def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subjec
     if config.objective.needs_reference and config.reference.name_or_path is not None:
         frozen = Weights(config.reference.name_or_path, config.reference.revision, init=run.path / "reference_init")
     elif config.objective.needs_reference:
-        digest = json.loads(run.manifest.read_text())["policy"]["digest"]
+        digest = run.read_manifest()["policy"]["digest"]
         frozen = Weights(config.model.name_or_path, config.model.revision, digest, run.init)
-    step = {"step": read_metrics(run.metrics)[-1]["step"]}
+    lines = read_metrics(run.metrics)
+    step = {"step": lines[-1]["step"]} if lines else {}
     cache, policy = run.path.parent / ".cache", Weights(str(run.model))
     return Subject(run.path, cache, config, policy, frozen, config.objective, step)
 

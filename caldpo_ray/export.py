@@ -88,8 +88,12 @@ def _require_complete(run: RunDir) -> None:
             f"run {run.path}: no run directory (no config.yaml in it); give the folder that `caldpo train` made"
         )
     state = run.read_status().get("state", "unknown")
-    if state != "complete" or not holds_model(run.model):
+    if state != "complete":
         raise InputError(f"run {run.path}: not finished (state: {state}); the same `caldpo train` command resumes it")
+    if not holds_model(run.model):
+        raise InputError(
+            f"run {run.path}: model/ holds no whole model; the same `caldpo train` command writes it again from the last checkpoint"
+        )
 
 
 def _write_model(run: RunDir, target: Path) -> None:

@@ -241,8 +241,11 @@ def _with_local_base(adapter: Path) -> Iterator[tuple[Path, str]]:
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
     """The tokenizer of a model folder or hub id. Raises InputError when there is none (NotReady: the hub has none)."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    if (open_path(path) / "config.json").exists():  # which the tokenizer's class depends on, too
+        with _reading(path, "its config.json describes no model; mend it"):
+            AutoConfig.from_pretrained(local_name(path), trust_remote_code=trust_remote_code)
     with _reading(path, "no usable tokenizer; save one beside the model"):
         return AutoTokenizer.from_pretrained(local_name(path), revision=revision, trust_remote_code=trust_remote_code)
 
@@ -309,8 +312,8 @@ def empty_model(path: str, revision: str | None, trust_remote_code: bool) -> Any
     config describes (quantised ones apart: their format is read on a GPU).
     """
     import torch
-    from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import load_state_dict
 
     with _reading(path, NO_CAUSAL_LM), _quiet():
         name = local_name(path)
@@ -320,9 +323,8 @@ def empty_model(path: str, revision: str | None, trust_remote_code: bool) -> Any
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         for file in files:
-            if file.suffix == ".safetensors":
-                with _reading(path, f"{file.name} is damaged; put it there again"), safe_open(file, framework="pt"):
-                    pass
+            with _reading(path, f"{file.name} is damaged; put it there again"):
+                load_state_dict(str(file), map_location="meta")
         model, found = _from_pretrained(name, {"device_map": "meta", "trust_remote_code": trust_remote_code})
     _require_all_weights(path, found)
     return model

@@ -39,7 +39,7 @@ from caldpo_ray.run_dir import (
     read_metrics,
     require_lasting_folders,
 )
-from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
+from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_json, write_atomically
 from caldpo_ray.store import ReferenceStore, store_key
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -291,7 +291,11 @@ def _newest_step(run: RunDir) -> int:
     snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
     if not snapshot.exists():
         return 0
-    names = [found["checkpoint_dir_name"] for found in json.loads(read_bytes(snapshot))["checkpoint_results"]]
+    way_out = f"put it back, or choose another run.name, or remove the folder {snapshot.parent} to start this run over"
+    names = [
+        found["checkpoint_dir_name"]
+        for found in read_json(snapshot, way_out, "checkpoint_results")["checkpoint_results"]
+    ]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
@@ -362,9 +366,7 @@ def finish(prepared: Prepared) -> None:
     for folder in (run.model, run.best):
         if is_complete(folder):
             write_model_manifest(folder, config, prepared.frozen)
-            write_model_card(
-                folder, config, json.loads(run.manifest.read_text()), evaluations[-1] if evaluations else None
-            )
+            write_model_card(folder, config, run.read_manifest(), evaluations[-1] if evaluations else None)
     if evaluations:
         write_atomically(run.eval, json.dumps(evaluations[-1], indent=1))
     trained = [line for line in lines if line["split"] == "train"]

@@ -158,11 +158,11 @@ def _as_bin(folder: Path, content: bytes) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ""),
-    "config is cut off": (lambda f: (f / "config.json").write_text('{"model_type": "ll'), ""),
-    "no causal model": (lambda f: (f / "config.json").write_text('{"model_type": "t5"}'), ""),
-    "sizes that do not fit": (lambda f: _set(f, hidden_size=97), ""),
-    "a size that is text": (lambda f: _set(f, hidden_size="big"), ""),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "its config.json describes no model"),
+    "config is cut off": (lambda f: (f / "config.json").write_text('{"model_type": "ll'), "its config.json describes"),
+    "no causal model": (lambda f: (f / "config.json").write_text('{"model_type": "t5"}'), "T5Config"),
+    "sizes that do not fit": (lambda f: _set(f, hidden_size=97), r"hidden size \(97\) is not a multiple"),
+    "a size that is text": (lambda f: _set(f, hidden_size="big"), "expected int, got str"),
     "more layers than weights": (lambda f: _set(f, num_hidden_layers=5), r"\d+ missing: model\.layers\.\d"),
     "fewer layers than weights": (lambda f: _set(f, num_hidden_layers=1), r"\d+ unknown to it: model\.layers\.\d"),
     "another width": (lambda f: _set(f, intermediate_size=24), r"\d+ of another shape: .*instead of"),
@@ -173,8 +173,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "damaged",
     ),
     "no safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 99), "model.safetensors is damaged"),
-    "no torch file": (lambda f: _as_bin(f, b"junk" * 99), "cannot be loaded"),
-    "an empty torch file": (lambda f: _as_bin(f, b""), "cannot be loaded"),
+    "no torch file": (lambda f: _as_bin(f, b"junk" * 99), "pytorch_model.bin is damaged"),
+    "an empty torch file": (lambda f: _as_bin(f, b""), "pytorch_model.bin is damaged"),
 }
 
 
