@@ -32,7 +32,7 @@ from caldpo_ray.objectives import get_objective
 from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import say
-from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps, reference_model
+from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps_for_driver, reference_model
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
@@ -282,7 +282,7 @@ def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str) -> Float
     distinct = distinct_responses(RowCache([folder]).digests())
     known, progress = np.full(len(distinct.digests), np.nan, np.float32), ReferenceProgress()
     with _our_errors(f"scoring by the {role}"):
-        for answered, logps in reference_logps(job, [folder], numbers, progress):
+        for answered, logps in reference_logps_for_driver(job, [folder], numbers, progress):
             known[answered] = logps
     say(f"{role}: {progress.joined} log-probs known, {progress.scored} scored")
     return known[distinct.of_response]

@@ -171,6 +171,29 @@ def reference_logps(
         writer.flush()
 
 
+def reference_logps_for_driver(
+    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress
+) -> Iterator[tuple[Indices, Floats]]:
+    """The same from a task. Where Ray Data runs in the driver, Ray reports each restartable actor as an error on its stderr."""
+    import ray
+
+    task = ray.remote(_reference_logps_and_progress).options(num_cpus=0, num_returns="streaming", max_retries=0)
+    for answer in task.remote(job, folders, order):
+        numbers, logps, now = ray.get(answer)
+        vars(progress).update(vars(now))
+        if len(numbers):
+            yield numbers, logps
+
+
+def _reference_logps_and_progress(
+    job: ReferenceJob, folders: list[str], order: Indices
+) -> Iterator[tuple[Indices, Floats, ReferenceProgress]]:
+    progress = ReferenceProgress()
+    for numbers, logps in reference_logps(job, folders, order, progress):
+        yield numbers, logps, progress
+    yield np.empty(0, np.int64), np.empty(0, np.float32), progress
+
+
 def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Floats) -> tuple[Indices, Indices]:
     """(rows that hold the first occurrence of an unknown response, rows that hold none), each in `order`."""
     counts = rows.response_counts()[order]
