@@ -203,13 +203,10 @@ def _draw_weights(path: str, target: Path, seed: int, trust_remote_code: bool) -
 
 
 def _merge_adapter(path: str, target: Path, trust_remote_code: bool) -> None:
-    with _reading(path, NO_MERGE), _quiet(), _with_local_base(local_copy(open_path(path))) as (adapter, base):
+    empty_model(path, None, trust_remote_code)
+    with _reading(path, NO_MERGE), _quiet(), _with_local_base(local_copy(open_path(path))) as (adapter, _):
         from peft import AutoPeftModelForCausalLM
 
-        try:
-            empty_model(base, None, trust_remote_code)
-        except InputError as error:
-            raise type(error)(f"model.name_or_path {path}: {NO_MERGE}: {error}") from None
         warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be drawn at random
         model = AutoPeftModelForCausalLM.from_pretrained(adapter, trust_remote_code=trust_remote_code)
         merged = model.merge_and_unload()
@@ -306,7 +303,7 @@ def _model_error(path: str) -> type[InputError]:
 
 
 def empty_model(path: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The causal LM without memory for its weights (meta tensors).
+    """The causal LM without memory for its weights (meta tensors); of a LoRA adapter its base.
 
     Raises InputError for a config that describes none, and for weights in the folder that are damaged or not those that the
     config describes (quantised ones apart: their format is read on a GPU).
@@ -315,6 +312,8 @@ def empty_model(path: str, revision: str | None, trust_remote_code: bool) -> Any
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_utils import load_state_dict
 
+    if (open_path(path) / "adapter_config.json").exists():
+        return _empty_base(path, trust_remote_code)
     with _reading(path, NO_CAUSAL_LM), _quiet():
         name = local_name(path)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -328,6 +327,14 @@ def empty_model(path: str, revision: str | None, trust_remote_code: bool) -> Any
         model, found = _from_pretrained(name, {"device_map": "meta", "trust_remote_code": trust_remote_code})
     _require_all_weights(path, found)
     return model
+
+
+def _empty_base(path: str, trust_remote_code: bool) -> Any:
+    with _reading(path, NO_MERGE), _with_local_base(local_copy(open_path(path))) as (_, base):
+        try:
+            return empty_model(base, None, trust_remote_code)
+        except InputError as error:
+            raise type(error)(f"model.name_or_path {path}: {NO_MERGE}: {error}") from None
 
 
 def _from_pretrained(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

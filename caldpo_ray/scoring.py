@@ -65,8 +65,8 @@ class ResponseScorer(torch.nn.Module):
         largest = max((int(ids.max()) for row in rows for ids in (row.prompt_ids, *row.response_ids)), default=0)
         if largest >= self.vocab_size:
             raise InputError(
-                f"model.name_or_path: its tokenizer gives token id {largest}, but the model's vocabulary has {self.vocab_size}"
-                " tokens; put the tokenizer of this model beside its weights, or resize its embeddings"
+                f"model {self.model.name_or_path}: its tokenizer gives token id {largest}, but its vocabulary has"
+                f" {self.vocab_size} tokens; put the tokenizer of this model beside its weights, or resize its embeddings"
             )
         window = self.max_shared_tokens
         shares = any(len(row.response_ids) > 1 for row in rows)

@@ -105,6 +105,9 @@ def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path, remote: bool, m
     adapter = open_path(
         published(tmp_path / "adapter", f"memory://{tmp_path.name}/adapter") if remote else tmp_path / "adapter"
     )
+    assert [p.shape for p in empty_model(str(adapter), None, False).parameters()] == [
+        p.shape for p in plain.parameters()
+    ]
     found = resolve(adapter, tmp_path)
     merged = load_model(ModelSection(name_or_path=found.path), "float32")
     torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)

@@ -351,5 +351,5 @@ def test_a_token_that_the_model_does_not_have_is_refused() -> None:
     rows[0].response_ids[1][0] = VOCAB_SIZE - 1
     score_rows(scorer, rows, 1)
     rows[0].response_ids[1][0] = VOCAB_SIZE
-    with pytest.raises(InputError, match=rf"token id {VOCAB_SIZE}, but the model's vocabulary has {VOCAB_SIZE} tokens"):
+    with pytest.raises(InputError, match=rf"token id {VOCAB_SIZE}, but its vocabulary has {VOCAB_SIZE} tokens"):
         score_rows(scorer, rows, 1)
