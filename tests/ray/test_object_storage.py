@@ -80,7 +80,7 @@ def test_a_run_in_a_bucket_killed_and_resumed(
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join((world / "eval.jsonl").read_text().splitlines(keepends=True)[:20]))
     sections: dict[str, Any] = {
-        "train": {"num_workers": 1, "epochs": 2, "save_every": 8},
+        "train": {"num_workers": 1, "save_every": 4},
         "data": {"eval": str(held_out)},
     }
     straight = train(write_config(tmp_path, world, **sections), "run")
@@ -88,15 +88,15 @@ def test_a_run_in_a_bucket_killed_and_resumed(
     caldpo_train = ("-m", "caldpo_ray", "train", str(config), "run.name=run")
 
     killed = RemoteRun(command(*caldpo_train), open_path(URL) / "run")
-    killed.wait_for_step(11)
+    killed.wait_for_step(6)
     kill(killed.process.pid)
     assert killed.process.wait() == -signal.SIGKILL
     before = killed.lines()
-    assert before[-1]["step"] < 26 and not (killed.path / "model").exists()
+    assert before[-1]["step"] < 13 and not (killed.path / "model").exists()
 
     run = RemoteRun(command(*caldpo_train), killed.path)
     run.finish()
-    assert 8 <= run.last_step_kept(before) < 26, "resumed from a checkpoint, of which there was one every 8 steps"
+    assert 4 <= run.last_step_kept(before) < 13, "resumed from a checkpoint, of which there was one every 4 steps"
     assert run.trajectory() == straight.trajectory()
     assert_same(run.weights(), straight.weights())
     assert_same(run.weights("best"), dict(load_file(straight.path / "best" / "model.safetensors")))
