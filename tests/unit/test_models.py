@@ -80,13 +80,10 @@ def test_an_adapter_is_merged_first(drawn: Path, tmp_path: Path, remote: bool, m
     plain = load_model(section, "float32")
     ids = torch.arange(5, 12)[None]
     assert torch.equal(adapted(ids).logits, plain(ids).logits), "a fresh adapter has no effect"
-    draw = torch.Generator().manual_seed(
-        0
-    )  # some draws make logits so large that merging them rounds beyond the tolerance
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(generator=draw)
+                parameter.normal_()
     adapted.save_pretrained(tmp_path / "adapter")
     shutil.copy(drawn / "tokenizer.json", tmp_path / "adapter")
     shutil.copy(drawn / "tokenizer_config.json", tmp_path / "adapter")
