@@ -53,7 +53,7 @@ class RunSection(Section):
     output_dir: Location = "runs"
     """Folder or URL (s3://, gs://) for runs; on a cluster one that every node sees."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """Decides the order of rows, new weights and dropout."""
+    """Decides the order of rows and what new weights are."""
 
     @field_validator("name")
     @classmethod
@@ -86,7 +86,7 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model; default: its main branch."""
     dtype: Dtype = "float32"
-    """Of weights and forward passes; log-probs and losses are float32 in any case."""
+    """Of weights and forward passes; log-probs and losses are float32 with both."""
     attn_implementation: Annotated[Literal["sdpa", "eager"] | None, EXECUTION] = None
     """Default: what transformers takes for the model."""
     trust_remote_code: bool = False
@@ -143,7 +143,7 @@ class ReferenceSection(Section):
     num_gpus_per_actor: Annotated[float, Field(ge=0), EXECUTION] = 0
     """A fraction shares a GPU with other actors; several split the model's layers over GPUs of one node."""
     batch_tokens: Annotated[PositiveInt, EXECUTION] = 16384
-    """Tokens of one forward pass, padding included."""
+    """Tokens of one forward pass at most, padding included."""
     label_selector: Labels = None
     """Labels of the Ray nodes for these actors, as {key: value}."""
 
@@ -174,7 +174,7 @@ class ReferenceSection(Section):
 
 class DeepSpeedSection(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], EXECUTION] = 1
-    """What workers partition: 0 nothing, 1 optimiser state, 2 and gradients, 3 and parameters."""
+    """What workers partition: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too."""
     offload_optimizer: Annotated[bool, EXECUTION] = False
     """Keep optimiser state in CPU memory."""
     offload_param: Annotated[bool, EXECUTION] = False
@@ -213,17 +213,17 @@ class TrainSection(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """The largest of the schedule, after the warm-up."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up: to 0, or not at all."""
+    """How the learning rate falls to 0 after the warm-up, or stays."""
     warmup_ratio: Fraction = 0.1
     """Share of all steps in which it rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of weight matrices; biases and norms have none."""
+    """Of matrices; biases and norms have none."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     """rmsprop keeps one state per parameter, adamw two."""
     batch_size: PositiveInt = 64
     """Rows per optimiser step over all workers; a pair is one row."""
     micro_batch_tokens: Annotated[PositiveInt, EXECUTION] = 8192
-    """Tokens of one forward pass of a worker, padding included."""
+    """Tokens of one forward pass of a worker at most, padding included."""
     epochs: PositiveInt = 1
     """Passes over the training rows."""
     max_steps: PositiveInt | None = None
@@ -237,11 +237,11 @@ class TrainSection(Section):
     log_every: Annotated[PositiveInt, EXECUTION] = 1
     """Steps between lines of metrics."""
     keep_checkpoints: Annotated[PositiveInt, EXECUTION] = 2
-    """Older ones are deleted, but for the best."""
+    """How many stay; where held-out rows are measured, the best ones."""
     best_metric: Annotated[str | None, EXECUTION] = None
     """Decides `best/`; default: rewards/accuracies, or loss where the objective compares nothing."""
     max_failures: Annotated[int, Field(ge=0, lt=2**31), EXECUTION] = 3
-    """Lost workers or nodes after which the run stops instead of going on from its last checkpoint."""
+    """How often a run goes on from its last checkpoint after it lost a worker, before it stops."""
     placement_timeout_seconds: Annotated[float, Field(gt=0), EXECUTION] = 120.0
     """How long the run may wait for resources before it stops and names what is missing."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
@@ -267,7 +267,7 @@ class Config(Section):
     objective: Annotated[ObjectiveParameters, BeforeValidator(parse_objective)]
     train: TrainSection = TrainSection()
     loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], EXECUTION] = Field(default_factory=list)
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow."""
+    """Where metrics go besides metrics.jsonl; several as a list."""
 
     @field_validator("loggers")
     @classmethod
