@@ -65,12 +65,9 @@ def preview(
 def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Check config, a sample of the data, memory, resources and labels; start nothing."""
     from caldpo_ray.config import load_config
-    from caldpo_ray.pipeline import connect
     from caldpo_ray.plan import plan as look
 
-    resolved = load_config(config, overrides or [])
-    connect(verbose)
-    for line in look(resolved):
+    for line in look(load_config(config, overrides or []), verbose):
         typer.echo(line)
 
 

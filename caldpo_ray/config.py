@@ -58,7 +58,7 @@ class RunSection(Section):
     @field_validator("name")
     @classmethod
     def _name_is_a_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name):
             raise ValueError(
                 "must be letters, digits, . _ and -, and begin with none of . and -; give another run.name"
             )

@@ -12,6 +12,8 @@ from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.models import load_tokenizer, pinned_revision
 from caldpo_ray.objective_parameters import require_findable
+from caldpo_ray.pipeline import connect
+from caldpo_ray.placement import live_nodes, require_placeable
 from caldpo_ray.progress import describe_bytes
 from caldpo_ray.run_dir import require_lasting_folders
 from caldpo_ray.schema import BadRow, Row
@@ -70,8 +72,11 @@ def _records(source: str) -> Iterator[tuple[str, int, Any]]:
                 yield file.path, line, record
 
 
-def plan(config: Config) -> Iterator[str]:
-    """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work."""
+def plan(config: Config, verbose: bool = False) -> Iterator[str]:
+    """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work.
+
+    The cluster is asked, or a local one started, for the last lines alone.
+    """
     yield f"objective  {config.objective.name}: {config.objective.formula}"
     require_lasting_folders(config)
     require_installed(config.loggers, config.run_dir)
@@ -83,6 +88,7 @@ def plan(config: Config) -> Iterator[str]:
     sample, _ = sample_rows(config, SAMPLE_ROWS)
     yield from _data_lines(sample)
     yield from _memory_lines(config)
+    connect(verbose)
     yield from _placement_lines(config)
 
 
@@ -143,8 +149,6 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 
 def _placement_lines(config: Config) -> Iterator[str]:
-    from caldpo_ray.placement import live_nodes, require_placeable
-
     side_by_side = require_placeable(config, config.objective.needs_reference)
     for node in live_nodes():
         yield f"node       {node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU"

@@ -297,7 +297,10 @@ def test_overrides_are_yaml(path: Path) -> None:
     [
         ("run.output_dir=''", "run.output_dir = '': must have at least 1 character"),
         ("reference.store=''", "reference.store = '': must have at least 1 character"),
-        *((f"run.name={name}", "begin with none of . and -") for name in ("..", ".", ".cache", "a/b", "-x", "'a\n'")),
+        *(
+            (f"run.name={name}", "begin with none of . and -")
+            for name in ("..", ".", ".cache", "a/b", "-x", "'a\n'", 201 * "a")
+        ),
         ("run.name=7", "run.name = 7: must be text; put it in quotes"),
         ("run.name=1e5", "must be text; put it in quotes, on a command line in both kinds: run.name='\"...\"'"),
         ("run.output_dir=", "run.output_dir = None: must have a value"),
