@@ -408,3 +408,21 @@ def test_numbers_are_those_of_yaml_1_2(path: Path) -> None:
     path.write_text(f"{BASE}\ntrain: {{learning_rate: 5e-7}}\nrun: {{name: '1e5'}}")
     config = load_config(path)
     assert (config.train.learning_rate, config.run.name) == (5e-7, "1e5")
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ("train: {num_train_epochs: 1, epochs: 2}", "train.epochs: given 2 times, once per spelling"),
+        ("train.epochs: 1\ntrain: {epochs: 2}", "train.epochs: given 2 times, once per spelling"),
+        ("train: {epochs: 1}\ntrain: {batch_size: 2}", "line 6: train is given twice, first in line 5; keep one"),
+    ],
+)
+def test_an_option_is_in_a_file_once(path: Path, added: str, expected: str) -> None:
+    path.write_text(f"{BASE}{added}")
+    assert expected in complaint(path)
+
+
+def test_what_is_no_section_is_not_mended_by_an_override(path: Path) -> None:
+    path.write_text(f"{BASE}train: 5")
+    assert "train = 5: must be a section with options" in complaint(path, "train.epochs=2")
