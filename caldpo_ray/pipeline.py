@@ -6,9 +6,10 @@ Every stage knows its own input; only this module knows their order. `train` ret
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
 from caldpo_ray.objective_parameters import require_findable
-from caldpo_ray.placement import require_placeable
+from caldpo_ray.placement import OWN_CLUSTER, require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
     ReferenceJob,
@@ -183,8 +184,11 @@ def connect(verbose: bool) -> None:
 
     if not ray.is_initialized():
         level = logging.INFO if verbose else logging.ERROR
+        start = partial(
+            ray.init, log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False
+        )
         try:
-            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
+            _join_or_start(start)
         except Exception as error:  # a node that is slow to start raises a plain Exception
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             raise NotReady(
@@ -193,6 +197,17 @@ def connect(verbose: bool) -> None:
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _join_or_start(start: Callable[..., Any]) -> None:
+    """A cluster of our own has a label that says so; Ray refuses labels for one that `ray start` made, and then joins it."""
+    if os.environ.get("RAY_ADDRESS"):
+        start()
+        return
+    try:
+        start(labels=OWN_CLUSTER)
+    except ValueError:
+        start()
 
 
 def _resolve(config: Config, name: str, revision: str | None, init: Path, cache: Path) -> ResolvedModel:

@@ -10,8 +10,11 @@ from caldpo_ray.data import make_row
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
-from caldpo_ray.models import load_tokenizer
+from caldpo_ray.models import load_tokenizer, pinned_revision
 from caldpo_ray.objective_parameters import require_findable
+from caldpo_ray.pipeline import connect
+from caldpo_ray.placement import live_nodes, require_placeable
+from caldpo_ray.progress import describe_bytes
 from caldpo_ray.run_dir import require_lasting_folders
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
@@ -19,7 +22,6 @@ from caldpo_ray.storage import local_name
 from caldpo_ray.tokenization import check_tokenizer, row_id
 
 SAMPLE_ROWS = 256
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Sample:
 
     rows: list[tuple[Row, int]]
     bad: Counter[str]
+
+
+def pinned(config: Config) -> Config:
+    """The same with the model's commit on the hub, which then is asked once. Raises InputError or NotReady without a model."""
+    revision = pinned_revision(config.model.name_or_path, config.model.revision)
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
 
 
 def sample_rows(config: Config, count: int) -> tuple[Sample, Any]:
@@ -64,16 +72,23 @@ def _records(source: str) -> Iterator[tuple[str, int, Any]]:
                 yield file.path, line, record
 
 
-def plan(config: Config) -> Iterator[str]:
-    """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work."""
+def plan(config: Config, verbose: bool = False) -> Iterator[str]:
+    """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work.
+
+    The cluster is asked, or a local one started, for the last lines alone.
+    """
     yield f"objective  {config.objective.name}: {config.objective.formula}"
     require_lasting_folders(config)
     require_installed(config.loggers, config.run_dir)
     require_findable(config.objective.name)
     deepspeed_config(config, config.train.num_workers)
+    config = pinned(config)
+    if config.reference.name_or_path is not None:
+        pinned_revision(config.reference.name_or_path, config.reference.revision)
     sample, _ = sample_rows(config, SAMPLE_ROWS)
     yield from _data_lines(sample)
     yield from _memory_lines(config)
+    connect(verbose)
     yield from _placement_lines(config)
 
 
@@ -102,12 +117,12 @@ def _memory_lines(config: Config) -> Iterator[str]:
         "gradients": trainable * width / (workers if stage >= 2 else 1),
         "optimiser": trainable * (4 * states + master) / (workers if stage >= 1 else 1),
     }
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in shares.items())
-    yield f"memory     per policy worker at ZeRO-{stage}: {sum(shares.values()) / GIB:.2f} GiB ({listed}) plus activations"
+    listed = ", ".join(f"{name} {describe_bytes(size)}" for name, size in shares.items())
+    yield f"memory     per policy worker at ZeRO-{stage}: {describe_bytes(sum(shares.values()))} ({listed}) plus activations"
     if config.objective.needs_reference:
         num_gpus = config.reference.num_gpus_per_actor
         over = f" over {num_gpus:g} GPUs" if num_gpus > 1 else ""
-        yield f"           per reference actor: {parameters * width / GIB:.2f} GiB{over} plus activations"
+        yield f"           per reference actor: {describe_bytes(parameters * width)}{over} plus activations"
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
@@ -134,8 +149,6 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 
 def _placement_lines(config: Config) -> Iterator[str]:
-    from caldpo_ray.placement import live_nodes, require_placeable
-
     side_by_side = require_placeable(config, config.objective.needs_reference)
     for node in live_nodes():
         yield f"node       {node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU"

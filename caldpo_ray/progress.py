@@ -23,6 +23,15 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+def describe_bytes(number: float) -> str:
+    """In the unit that makes it readable, as 3.2 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1000:
+            return f"{number:.1f} {unit}" if unit != "B" else f"{number:.0f} B"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
 def quiet_data_context() -> Any:
     """Ray Data's current context, as silent as the rest of Ray was asked to be; importing it sets its log level anew."""
     import ray.data
