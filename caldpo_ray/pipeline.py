@@ -24,7 +24,6 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
-from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, Place, Watcher, say
 from caldpo_ray.reference import (
@@ -47,6 +46,7 @@ from caldpo_ray.run_dir import (
 )
 from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, join, store_key
+from caldpo_ray.user_code import require_objective
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
 def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
     """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
     require_installed(config.loggers, config.run_dir)
-    require_findable(config.objective.name)
+    require_objective(config.objective)
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)

@@ -11,12 +11,12 @@ from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.models import load_tokenizer
-from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.run_dir import require_lasting_folders
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
 from caldpo_ray.storage import local_name
 from caldpo_ray.tokenization import check_tokenizer, row_id
+from caldpo_ray.user_code import require_objective
 
 SAMPLE_ROWS = 256
 GIB = 2**30
@@ -69,7 +69,7 @@ def plan(config: Config) -> Iterator[str]:
     yield f"objective  {config.objective.name}: {config.objective.formula}"
     require_lasting_folders(config)
     require_installed(config.loggers, config.run_dir)
-    require_findable(config.objective.name)
+    require_objective(config.objective)
     deepspeed_config(config, config.train.num_workers)
     sample, _ = sample_rows(config, SAMPLE_ROWS)
     yield from _data_lines(sample)
