@@ -273,9 +273,9 @@ def _contents(text: Text, name: str) -> list[str]:
     """The text, or that of each message; ``ValueError`` where it is neither, or not Unicode."""
     text = _text_or_messages(text, name)
     contents = [text] if isinstance(text, str) else [message["content"] for message in text]
+    roles = [] if isinstance(text, str) else [message["role"] for message in text]
     try:
-        for content in contents:
-            content.encode()
+        "".join(roles + contents).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
         raise ValueError(f"{name} is not valid Unicode") from None
     return contents

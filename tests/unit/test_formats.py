@@ -203,6 +203,7 @@ BAD = [
     ("preference", PREFERENCE | {"rejected": " yes"}, "equal responses"),
     ("preference", PREFERENCE | {"rejected": "\ud800"}, "a response is not valid Unicode"),
     ("preference", PREFERENCE | {"prompt": "\udfff"}, "prompt is not valid Unicode"),
+    ("preference", PREFERENCE | {"prompt": [{"role": "\udfff", "content": "q"}]}, "prompt is not valid Unicode"),
     ("preference", PREFERENCE | {"chosen_score": NAN}, "chosen_score is not finite in float32"),
     ("preference", PREFERENCE | {"score_rejected": "9"}, "score_rejected is str, not int or float"),
     ("preference", PREFERENCE | {"prompt": []}, "prompt holds no message"),
