@@ -33,6 +33,7 @@ from caldpo_ray.schema import BadRow, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
 from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
 from caldpo_ray.tokenization import row_id, tokenise
+from caldpo_ray.user_code import what_happened
 
 VERSION = 2  # of what rows become: raised where the same files give other rows
 ROWS_PER_PART = 1024
@@ -196,20 +197,34 @@ def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
                 "records": [pickle.dumps(batch)],
                 "error": [""],
             }
-    except (InputError, RunError) as error:
-        told = tell(error)
+    except Exception as error:
         yield {
             "path": [file.path],
             "order": np.array([[number, at + 1]]),
             "records": [pickle.dumps([])],
-            "error": [told],
+            "error": [_told(error, file.path)],
         }
+
+
+def _told(error: Exception, path: str) -> str:
+    """What a task failed with, as text: of an error that crosses Ray Data only its last line would be left."""
+    return tell(find_error(error) or RunError(f"the data stage stopped at {path} ({what_happened(error)})"))
 
 
 def _tokenise_batch(
     batch: dict[str, npt.NDArray[Any]], data: DataSection, model: ModelSection, folder: str, min_responses: int
 ) -> dict[str, Any]:
     """Task: records to one part on disk; its report is JSON."""
+    try:
+        report = _write_batch(batch, data, model, folder, min_responses)
+    except Exception as error:
+        report = {"error": _told(error, str(batch["path"][0]))}
+    return {"report": [json.dumps(report)]}
+
+
+def _write_batch(
+    batch: dict[str, npt.NDArray[Any]], data: DataSection, model: ModelSection, folder: str, min_responses: int
+) -> dict[str, Any]:
     tokenizer = _tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
     path, order = str(batch["path"][0]), (int(batch["order"][0][0]), int(batch["order"][0][1]))
     rows: list[Row] = []
@@ -221,16 +236,15 @@ def _tokenise_batch(
             continue
         try:
             row, truncated = make_row(record, data, tokenizer, row_id(path, line), min_responses)
-        except InputError as error:
-            return {"report": [json.dumps({"error": tell(error)})]}
+        except InputError:
+            raise
         except ValueError as error:
             bad.append({"file": path, "line": line, "reason": str(error)})
             continue
         rows.append(row)
         num_truncated += truncated > 0
     part = asdict(write_part(open_path(folder), rows, order)) if rows else None
-    told = str(batch["error"][0])
-    return {"report": [json.dumps({"error": told, "part": part, "bad": bad, "num_truncated": num_truncated})]}
+    return {"error": str(batch["error"][0]), "part": part, "bad": bad, "num_truncated": num_truncated}
 
 
 @lru_cache(maxsize=2)

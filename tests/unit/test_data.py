@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from caldpo_ray.config import DataSection
-from caldpo_ray.data import MAX_REASON, make_row
-from caldpo_ray.errors import InputError
+from caldpo_ray.config import DataSection, ModelSection
+from caldpo_ray.data import MAX_REASON, _tokenise_batch, make_row
+from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
 
@@ -135,3 +136,14 @@ def test_nesting_costs_one_row(depth: int, opened: str, tokenizer: Any, tmp_path
     assert (line, last) == (2, GOOD)
     assert isinstance(first, BadRow) == (depth > 90)
     assert isinstance(first, BadRow) or isinstance(convert(first, tokenizer), Row)
+
+
+def test_a_task_that_fails_tells_what_happened(tokenizer: Any, tmp_path: Path) -> None:
+    """As text: what an error says besides its last line does not survive its way through Ray Data."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows").write_text("a file where the folder should be")
+    batch = {"path": ["a.jsonl"], "order": np.array([[0, 0]]), "records": [pickle.dumps([(1, GOOD)])], "error": [""]}
+    arguments = (DataSection(train="x"), ModelSection(name_or_path=str(tmp_path / "model")), str(tmp_path / "rows"), 2)
+    [report] = _tokenise_batch(batch, *arguments)["report"]  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"the data stage stopped at a.jsonl \(\w+Error: .*rows"):
+        raise_told(json.loads(report)["error"])
