@@ -97,7 +97,10 @@ def cache_key(files: list[SourceFile], data: DataSection, tokenizer: str, min_re
 def _source_of(format_name: str) -> str:
     """Source text of the user's module: an edited row function makes other rows."""
     module = inspect.getmodule(get_format(format_name).args[0])  # type: ignore[attr-defined]
-    return inspect.getsource(module) if module else ""
+    try:
+        return inspect.getsource(module) if module else ""
+    except (OSError, TypeError):  # compiled
+        return ""
 
 
 def read_quarantine(folder: Path) -> str:
@@ -180,9 +183,11 @@ def _what_stopped(error: Exception, data: DataSection) -> str:
 
     if not isinstance(error, NodeDiedError | OutOfMemoryError | WorkerCrashedError):
         return last_line(error)
-    what = f"data.format = {data.format}" if ":" in data.format else "the tokenizer"
+    own = ":" in data.format
+    what = f"data.format = {data.format}" if own else "the tokenizer"
     reason = last_line(error) if isinstance(error, OutOfMemoryError) else type(error).__name__
-    return f"a task that runs {what} lost its process {MAX_RETRIES + 1} times ({reason}); try a few rows with `caldpo preview`"
+    way_out = "call the function on the rows by itself to see where" if own else "look into Ray's logs of its worker"
+    return f"a task that runs {what} lost its process {MAX_RETRIES + 1} times ({reason}); {way_out}"
 
 
 def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:

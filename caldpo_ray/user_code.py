@@ -18,7 +18,7 @@ OBJECTIVE_CALL = "(policy_logps, reference_logps, lengths, **parameters, **colum
 def import_function(option: str, name: str) -> Callable[..., Any]:
     """The function `package.module:function` that the config names under `option`.
 
-    Raises NotReady where a module is not installed, InputError where importing it fails or it has no such function.
+    Raises NotReady where it cannot be imported (the reason may lie in what it imports), InputError where it has no such function.
     """
     module_name, _, function_name = name.partition(":")
     try:
@@ -28,7 +28,7 @@ def import_function(option: str, name: str) -> Callable[..., Any]:
             f"{option} = {name}: cannot import {module_name} ({error}); install it on every node or add its folder to PYTHONPATH"
         ) from error
     except (Exception, SystemExit) as error:  # a module that is imported runs, and may do anything
-        raise InputError(f"{option} = {name}: cannot import {module_name} ({what_happened(error)}); mend it") from error
+        raise NotReady(f"{option} = {name}: cannot import {module_name} ({what_happened(error)}); mend it") from error
     function = vars(module).get(function_name)
     if not callable(function):
         raise InputError(

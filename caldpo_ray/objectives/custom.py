@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import OutOfMemoryError, Tensor
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.user_code import what_happened
 
 
@@ -21,7 +21,8 @@ def call_function(
 ) -> dict[str, Tensor]:
     """Call it with the columns its signature asks for. Returns its terms [rows]; raises InputError if they are not.
 
-    What the function raises becomes an InputError that names it: starting again would not cure it.
+    What the function raises becomes NotReady, with its name: starting the workers again would not cure it, and what does may be
+    in any file that it uses.
     """
     signature = inspect.signature(function)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -38,7 +39,7 @@ def call_function(
     except (InputError, OutOfMemoryError):  # memory may be there next time
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"objective.name = {name}: the function raised {what_happened(error)}; mend it") from error
+        raise NotReady(f"objective.name = {name}: the function raised {what_happened(error)}; mend it") from error
     terms = result if isinstance(result, dict) else {"loss": result}
     shape = policy_logps.shape[:1]
     wrong = [f"{term}: {_describe(value)}" for term, value in terms.items() if _shape(value) != shape]

@@ -113,6 +113,14 @@ OPTIONS = {
     "unknown objective": (["objective.name=dpoo"], "dpoo"),
     "beta": (["objective.beta=0"], "beta"),
     "unknown parameter": (["objective.margin=1"], "margin"),
+    "no such function": (
+        ["objective.name=tests.ray.objectives:absent"],
+        "tests.ray.objectives has no function 'absent'",
+    ),
+    "signature": (
+        ["objective.name=tests.ray.objectives:explodes", "objective.to=1"],
+        "unexpected keyword argument 'to'",
+    ),
     "batch": (["train.batch_size=1", "train.num_workers=2"], "every worker needs a row"),
     "too many GPUs": (
         ["train.use_gpu=true", "train.num_workers=4", "train.batch_size=4", SHORT],

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from caldpo_ray.config import DataSection, ModelSection
-from caldpo_ray.data import MAX_REASON, _tokenise_batch, make_row
+from caldpo_ray.data import MAX_REASON, _tokenise_batch, _what_stopped, cache_key, make_row
 from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
@@ -147,3 +147,25 @@ def test_a_task_that_fails_tells_what_happened(tokenizer: Any, tmp_path: Path) -
     [report] = _tokenise_batch(batch, *arguments)["report"]  # type: ignore[arg-type]
     with pytest.raises(RunError, match=r"the data stage stopped at a.jsonl \(\w+Error: .*rows"):
         raise_told(json.loads(report)["error"])
+
+
+def test_rows_of_an_edited_function_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = set()
+    for source in ("def f(record): return record\n", "def f(record): return dict(record)\n"):
+        (tmp_path / "edited_rows.py").write_text(source)
+        keys.add(cache_key([], DataSection(train="x", format="edited_rows:f"), "t", 2))
+        del sys.modules["edited_rows"]
+    assert len(keys) == 2
+    assert cache_key([], DataSection(train="x", format="builtins:dict"), "t", 2) not in keys
+
+
+def test_a_task_whose_process_dies_names_what_it_ran() -> None:
+    from ray.exceptions import WorkerCrashedError
+
+    own = _what_stopped(WorkerCrashedError(), DataSection(train="x", format="my_rows:f"))
+    assert own.startswith(
+        "a task that runs data.format = my_rows:f lost its process 4 times (WorkerCrashedError); call"
+    )
+    assert "runs the tokenizer" in _what_stopped(WorkerCrashedError(), DataSection(train="x"))
+    assert _what_stopped(ValueError("one\ntwo"), DataSection(train="x")) == "two"
