@@ -47,16 +47,24 @@ def preview(
     config: ConfigPath,
     overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", help="Rows to show.", min=1)] = 3,
+    row: Annotated[list[str] | None, typer.Option(metavar="ID", help="Find this row instead; may be repeated.")] = None,
 ) -> None:
     """Show how rows become tokens and which tokens are scored."""
     from rich.console import Console
 
     from caldpo_ray.config import load_config
-    from caldpo_ray.plan import pinned, sample_rows
+    from caldpo_ray.plan import find_rows, pinned, sample_rows
     from caldpo_ray.preview import preview as render
 
-    sample, tokenizer = sample_rows(pinned(load_config(config, overrides or [])), count)
-    Console(soft_wrap=True).print(render(sample.rows, tokenizer))
+    console, resolved = Console(soft_wrap=True), pinned(load_config(config, overrides or []))
+    if row:
+        found, tokenizer = find_rows(resolved, row)
+        for each in found:
+            typer.echo(each.place + (f": cannot be used: {each.reason}" if each.tokens is None else ""))
+            console.print(render([each.tokens] if each.tokens else [], tokenizer), end="")
+        return
+    sample, tokenizer = sample_rows(resolved, count)
+    console.print(render(sample.rows, tokenizer))
     for reason, number in sample.bad.most_common():
         typer.echo(f"{number} rows before the last one shown cannot be used: {reason}")
 

@@ -24,7 +24,6 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
-from caldpo_ray.objective_parameters import require_findable
 from caldpo_ray.placement import OWN_CLUSTER, require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
@@ -42,6 +41,7 @@ from caldpo_ray.run_dir import (
 )
 from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
 from caldpo_ray.store import ReferenceStore, store_key
+from caldpo_ray.user_code import require_objective
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -139,7 +139,7 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
 def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
     """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
     require_installed(config.loggers, config.run_dir)
-    require_findable(config.objective.name)
+    require_objective(config.objective)
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)

@@ -33,10 +33,14 @@ def describe_bytes(number: float) -> str:
 
 
 def quiet_data_context() -> Any:
-    """Ray Data's current context, as silent as the rest of Ray was asked to be; importing it sets its log level anew."""
+    """Ray Data's current context, as silent as the rest of Ray was asked to be; importing it sets its log level anew.
+
+    What it logs as an error, with a traceback of its own inside, it raises as well.
+    """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.getLogger("ray").level)
+    level = logging.getLogger("ray").level
+    logging.getLogger("ray.data").setLevel(level if level < logging.ERROR else logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

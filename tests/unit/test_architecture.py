@@ -28,6 +28,7 @@ LAYERS = [
         "deepspeed_config",
         "flops",
         "preview",
+        "user_code",
         "world",
     },
     {
