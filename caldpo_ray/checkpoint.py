@@ -5,6 +5,7 @@ of the run and of its reference. Nothing else is needed: the learning rate and t
 """
 
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,28 @@ def fits(state: TrainerState, world_size: int, zero_stage: int) -> bool:
 def load(engine: Any, folder: Path) -> None:
     """Put weights and optimiser state back into a fresh engine, whatever number of workers and ZeRO stage wrote them."""
     state = read_state(folder)
+    _require_whole(folder)
     if not fits(state, dist.get_world_size(), engine.zero_optimization_stage()):
         resharding.restore(engine, folder / TAG)
     elif engine.load_checkpoint(str(folder), tag=TAG)[0] is None:
         raise RunError(f"checkpoint {folder}: DeepSpeed could not load it")
     dist.barrier()  # the folder may go once all have read it
+
+
+def _require_whole(folder: Path) -> None:
+    """torch's files are zip archives, whose directory is their end: one that is cut off has none.
+
+    Asked of all files on every rank, before the first collective operation, so that all of them stop for the same reason.
+    """
+    for file in sorted((folder / TAG).glob("*.pt")):
+        try:
+            with zipfile.ZipFile(file):
+                pass
+        except (OSError, zipfile.BadZipFile) as error:
+            raise RunError(
+                f"checkpoint {folder}: {file.name} is damaged ({error}); choose another run.name, or remove the folder"
+                f" {folder.parent} to start this run over"
+            ) from None
 
 
 def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:

@@ -21,21 +21,21 @@ from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
-from caldpo_ray.export import read_model_manifest, resolve_weights
+from caldpo_ray.export import read_model_manifest
 from caldpo_ray.feed import split_rows
-from caldpo_ray.held_out import HeldOut, measure, summarise, write_scores
+from caldpo_ray.held_out import HeldOut, measure, summarise, table, write_scores
 from caldpo_ray.metrics import merge
-from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel
+from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import say
-from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps, reference_model
+from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps_for_driver, reference_model
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
-from caldpo_ray.storage import is_complete, local_copy, open_path, probe_write, reaching, write_atomically
+from caldpo_ray.storage import local_copy, open_path, probe_write, reaching, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
 from caldpo_ray.world import is_world
 from caldpo_ray.yaml_text import write_yaml
@@ -72,6 +72,8 @@ def evaluate(
     _require_writable(subject.home, "--output")
     _require_writable(subject.cache, "run.output_dir=")
     if scores is not None:
+        if open_path(scores).is_dir():
+            raise InputError(f"--scores {scores}: is a folder; give a file in it")
         _require_writable(open_path(scores).absolute().parent, "--scores")
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
@@ -96,6 +98,7 @@ def evaluate(
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
     write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
+    say("\n".join([f"{len(numbers)} held-out rows, [95 % intervals]:", *table(result)]))
     say(f"evaluation in {subject.home / 'eval.json'}")
     return result
 
@@ -133,9 +136,12 @@ def _open(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
 
 
 def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subject:
-    if not is_complete(run.model):
+    if not holds_model(run.model):
         state = run.read_status().get("state", "unknown")
-        raise InputError(f"run {run.path}: no model yet (state: {state}); the same `caldpo train` command resumes it")
+        raise InputError(
+            f"run {run.path}: no whole model in model/ (state: {state}); the same `caldpo train` command goes on from the last"
+            " checkpoint and writes it"
+        )
     config = load_config(run.config, overrides)
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"eval": data})})
@@ -145,9 +151,10 @@ def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subjec
     if config.objective.needs_reference and config.reference.name_or_path is not None:
         frozen = Weights(config.reference.name_or_path, config.reference.revision, init=run.path / "reference_init")
     elif config.objective.needs_reference:
-        digest = json.loads(run.manifest.read_text())["policy"]["digest"]
+        digest = run.read_manifest()["policy"]["digest"]
         frozen = Weights(config.model.name_or_path, config.model.revision, digest, run.init)
-    step = {"step": read_metrics(run.metrics)[-1]["step"]}
+    lines = read_metrics(run.metrics)
+    step = {"step": lines[-1]["step"]} if lines else {}
     cache, policy = run.path.parent / ".cache", Weights(str(run.model))
     return Subject(run.path, cache, config, policy, frozen, config.objective, step)
 
@@ -206,7 +213,8 @@ def _resolve(weights: Weights, subject: Subject) -> ResolvedModel:
     if weights.init is None and folder.is_dir() and not any(file for p in WEIGHT_PATTERNS for file in folder.glob(p)):
         raise InputError(f"model {folder}: holds no weights; give a folder with safetensors")
     init = weights.init or subject.cache / "merged" / _adapter_key(folder)
-    found = resolve_weights(weights.name, weights.revision, subject.config, init, subject.cache / "models.json")
+    trusted, seed = subject.config.model.trust_remote_code, subject.config.run.seed
+    found = resolve_model(weights.name, weights.revision, trusted, init, seed, subject.cache / "models.json")
     if weights.digest not in (None, found.weights):
         raise InputError(
             f"reference {weights.name}: its weights are not those that {subject.policy.name} was trained against (digest"
@@ -274,7 +282,7 @@ def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str) -> Float
     distinct = distinct_responses(RowCache([folder]).digests())
     known, progress = np.full(len(distinct.digests), np.nan, np.float32), ReferenceProgress()
     with _our_errors(f"scoring by the {role}"):
-        for answered, logps in reference_logps(job, [folder], numbers, progress):
+        for answered, logps in reference_logps_for_driver(job, [folder], numbers, progress):
             known[answered] = logps
     say(f"{role}: {progress.joined} log-probs known, {progress.scored} scored")
     return known[distinct.of_response]

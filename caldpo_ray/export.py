@@ -11,11 +11,10 @@ from typing import Any
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.models import ResolvedModel, resolve_model
+from caldpo_ray.models import ResolvedModel, holds_model, resolve_model
 from caldpo_ray.progress import say
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import (
-    is_complete,
     is_remote,
     local_copy,
     make_folder,
@@ -62,19 +61,6 @@ def read_model_manifest(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def resolve_weights(name: str, revision: str | None, config: Config, init: Path, digests: Path) -> ResolvedModel:
-    """`resolve_model`, where a LoRA adapter (merged into its base, under `init`) whose base is gone is an InputError."""
-    try:
-        return resolve_model(name, revision, config.model.trust_remote_code, init, config.run.seed, digests)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model {name}: cannot be read, or its LoRA adapter not merged into the base that adapter_config.json names: {reason}"
-        ) from None
-
-
 def export(run: str | Path, output: str | Path) -> Path:
     """Copy the model of a finished run to `output` as a Hugging Face folder, a LoRA adapter merged into its base.
 
@@ -102,8 +88,12 @@ def _require_complete(run: RunDir) -> None:
             f"run {run.path}: no run directory (no config.yaml in it); give the folder that `caldpo train` made"
         )
     state = run.read_status().get("state", "unknown")
-    if state != "complete" or not is_complete(run.model):
+    if state != "complete":
         raise InputError(f"run {run.path}: not finished (state: {state}); the same `caldpo train` command resumes it")
+    if not holds_model(run.model):
+        raise InputError(
+            f"run {run.path}: model/ holds no whole model; the same `caldpo train` command writes it again from the last checkpoint"
+        )
 
 
 def _write_model(run: RunDir, target: Path) -> None:
@@ -113,7 +103,8 @@ def _write_model(run: RunDir, target: Path) -> None:
     with publishing(target) as scratch:
         if (model / "adapter_config.json").exists():
             config = load_config(run.config)
-            resolve_weights(str(run.model), None, config, scratch, run.path.parent / ".cache" / "models.json")
+            digests = run.path.parent / ".cache" / "models.json"
+            resolve_model(str(run.model), None, config.model.trust_remote_code, scratch, config.run.seed, digests)
             for name in CARRIED:
                 shutil.copy2(model / name, scratch / name)
         else:

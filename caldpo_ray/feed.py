@@ -201,7 +201,7 @@ class Feed:
 
     async def place(self, place: Place) -> None:
         """A policy worker or reference actor says where it is; a rank that was started again takes its place over."""
-        self._progress.places[place.role, place.number] = place
+        self._progress.places[place.role, place.pid if place.rank is None else place.rank] = place
 
     async def fail(self, kind: str, message: str) -> None:
         """A worker stopped for a reason that restarting would not cure; the first reason counts."""

@@ -18,6 +18,10 @@ from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Row
 
 ACCURACY = "rewards/accuracies"
+SHOWN = (
+    "loss", "nll", ACCURACY, "rewards/margins", "logratios/chosen", "logratios/rejected", "logratios/margins",
+    "calibration/error", "calibration/ece", "world/true_reward", "world/grammatical", "world/kl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,20 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     half = z * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     low, high = (centre - half) / (1 + z * z / count), (centre + half) / (1 + z * z / count)
     return max(0.0, low), min(1.0, high)  # at 0 and 1 rounding may step over
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """What one looks at first in an evaluation, a line each: name, value, and the 95 % interval where it has one."""
+    z, lines = NormalDist().inv_cdf(0.975), []
+    for name in SHOWN:
+        if name not in result:
+            continue
+        value, interval = result[name], result.get(f"{name}_interval")
+        if f"{name}_se" in result:
+            interval = value - z * result[f"{name}_se"], value + z * result[f"{name}_se"]
+        bounds = f"  [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
+        lines.append(f"  {name:20s}{value:>10.4g}{bounds}")
+    return lines
 
 
 def write_scores(path: Path, objective: Objective | None, held_out: HeldOut) -> None:

@@ -23,7 +23,7 @@ from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
-from caldpo_ray.models import ResolvedModel, recall_model, resolve_model
+from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
 from caldpo_ray.placement import OWN_CLUSTER, require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
@@ -39,7 +39,7 @@ from caldpo_ray.run_dir import (
     read_metrics,
     require_lasting_folders,
 )
-from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_bytes, write_atomically
+from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_json, write_atomically
 from caldpo_ray.store import ReferenceStore, store_key
 from caldpo_ray.user_code import require_objective
 
@@ -83,7 +83,7 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     require_lasting_folders(config)
     changes = changed_execution_keys(config, RunDir(open_path(config.run_dir)))
     run = open_run_dir(config, fresh)
-    if run.read_status().get("state") == "complete":
+    if run.read_status().get("state") == "complete" and holds_model(run.model):
         say(f"{run.path}: this run is complete; its model is in {run.model}")
         return run
     _refuse_what_failed_before(config, run)
@@ -306,7 +306,11 @@ def _newest_step(run: RunDir) -> int:
     snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
     if not snapshot.exists():
         return 0
-    names = [found["checkpoint_dir_name"] for found in json.loads(read_bytes(snapshot))["checkpoint_results"]]
+    way_out = f"put it back, or choose another run.name, or remove the folder {snapshot.parent} to start this run over"
+    names = [
+        found["checkpoint_dir_name"]
+        for found in read_json(snapshot, way_out, "checkpoint_results")["checkpoint_results"]
+    ]
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
@@ -377,9 +381,7 @@ def finish(prepared: Prepared) -> None:
     for folder in (run.model, run.best):
         if is_complete(folder):
             write_model_manifest(folder, config, prepared.frozen)
-            write_model_card(
-                folder, config, json.loads(run.manifest.read_text()), evaluations[-1] if evaluations else None
-            )
+            write_model_card(folder, config, run.read_manifest(), evaluations[-1] if evaluations else None)
     if evaluations:
         write_atomically(run.eval, json.dumps(evaluations[-1], indent=1))
     trained = [line for line in lines if line["split"] == "train"]

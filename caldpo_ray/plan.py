@@ -18,7 +18,6 @@ from caldpo_ray.progress import describe_bytes
 from caldpo_ray.run_dir import require_lasting_folders
 from caldpo_ray.schema import BadRow, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
-from caldpo_ray.storage import local_name
 from caldpo_ray.tokenization import check_tokenizer, row_id
 from caldpo_ray.user_code import require_objective
 
@@ -170,24 +169,16 @@ def _memory_lines(config: Config) -> Iterator[str]:
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
-    """(all, trained) parameters, from the model's config alone: no weights are read."""
+    """(all, trained) parameters, without memory for them. Raises InputError where weights and config are not one model's."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from caldpo_ray.models import add_lora
+    from caldpo_ray.models import add_lora, empty_model
 
     model = config.model
-    try:
-        shape = AutoConfig.from_pretrained(
-            local_name(model.name_or_path), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"model.name_or_path {model.name_or_path}: no usable config.json ({reason})") from None
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(shape, trust_remote_code=model.trust_remote_code)
-        total = sum(parameter.numel() for parameter in built.parameters())
-        if model.lora is not None:
+    built = empty_model(model.name_or_path, model.revision, model.trust_remote_code)
+    total = sum(parameter.numel() for parameter in built.parameters())
+    if model.lora is not None:
+        with torch.device("meta"):
             built = add_lora(built, model.lora, config.run.seed)
     return total, sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
 

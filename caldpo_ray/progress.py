@@ -49,10 +49,10 @@ def quiet_data_context() -> Any:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process of the run lives: a policy worker by its rank, a reference actor by its pid. GPUs by Ray's ids."""
+    """Where a process of the run lives: a policy worker by its rank, a reference actor by its pid alone. GPUs by Ray's ids."""
 
     role: str
-    number: int
+    rank: int | None
     node: str
     pid: int
     gpus: tuple[str, ...]
@@ -64,7 +64,7 @@ def this_place(role: str, rank: int | None = None) -> Place:
 
     gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
     pid = os.getpid()
-    return Place(role, pid if rank is None else rank, ray.util.get_node_ip_address(), pid, tuple(map(str, gpus)))
+    return Place(role, rank, ray.util.get_node_ip_address(), pid, tuple(map(str, gpus)))
 
 
 def describe_places(places: Iterable[Place]) -> str:

@@ -73,7 +73,7 @@ class ReferenceScorer:
         from caldpo_ray.scoring import score_rows
 
         if self._told:
-            return {"response": np.array([-1]), "logp": np.zeros(1, np.float32), "error": np.array([self._told])}
+            return _error(self._told)
         numbers = [int(number) for number in request["data"]]
         rows = [self._rows[number] for number in numbers]
         lengths, scored = [row.num_tokens for row in rows], [sum(map(len, row.response_ids)) for row in rows]
@@ -81,13 +81,20 @@ class ReferenceScorer:
         responses: list[int] = []
         logps: list[float] = []
         for plan in plan_batch(lengths, scored, 1, self._batch_tokens, chunk)[0]:
-            sums = score_rows(self._scorer, [rows[place] for place in plan.places], plan.num_head_chunks)
+            try:
+                sums = score_rows(self._scorer, [rows[place] for place in plan.places], plan.num_head_chunks)
+            except InputError as error:
+                return _error(tell(error))
             for place, values in zip(plan.places, sums, strict=True):
                 first, count = int(self._rows.first_response[numbers[place]]), len(rows[place].response_ids)
                 responses += range(first, first + count)
                 logps += values[:count].tolist()
         errors = np.full(len(responses), "")
         return {"response": np.array(responses, np.int64), "logp": np.array(logps, np.float32), "error": errors}
+
+
+def _error(told: str) -> dict[str, npt.NDArray[Any]]:
+    return {"response": np.array([-1]), "logp": np.zeros(1, np.float32), "error": np.array([told])}
 
 
 @dataclass
@@ -162,6 +169,29 @@ def reference_logps(
             yield new, values
     finally:
         writer.flush()
+
+
+def reference_logps_for_driver(
+    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress
+) -> Iterator[tuple[Indices, Floats]]:
+    """The same from a task. Where Ray Data runs in the driver, Ray reports each restartable actor as an error on its stderr."""
+    import ray
+
+    task = ray.remote(_reference_logps_and_progress).options(num_cpus=0, num_returns="streaming", max_retries=0)
+    for answer in task.remote(job, folders, order):
+        numbers, logps, now = ray.get(answer)
+        vars(progress).update(vars(now))
+        if len(numbers):
+            yield numbers, logps
+
+
+def _reference_logps_and_progress(
+    job: ReferenceJob, folders: list[str], order: Indices
+) -> Iterator[tuple[Indices, Floats, ReferenceProgress]]:
+    progress = ReferenceProgress()
+    for numbers, logps in reference_logps(job, folders, order, progress):
+        yield numbers, logps, progress
+    yield np.empty(0, np.int64), np.empty(0, np.float32), progress
 
 
 def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Floats) -> tuple[Indices, Indices]:

@@ -11,7 +11,7 @@ from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.pipeline import Prepared, connect, prepare
 from caldpo_ray.progress import PLAIN_SECONDS, say
-from caldpo_ray.reference import ReferenceProgress, probe_tolerance, reference_logps
+from caldpo_ray.reference import ReferenceProgress, probe_tolerance, reference_logps_for_driver
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, require_lasting_folders, require_writable
 from caldpo_ray.storage import open_path
@@ -25,7 +25,7 @@ def build_reference(config: Config, verbose: bool = False) -> None:
     progress = ReferenceProgress()
     order = np.arange(prepared.num_train + prepared.num_eval)
     said = time.monotonic()
-    for _ in _translated(reference_logps(prepared.job, prepared.folders, order, progress)):
+    for _ in _translated(reference_logps_for_driver(prepared.job, prepared.folders, order, progress)):
         if time.monotonic() - said >= PLAIN_SECONDS:
             say(f"reference: {progress.joined} known, {progress.scored} scored of {progress.wanted}")
             said = time.monotonic()
@@ -49,7 +49,7 @@ def verify_reference(config: Config, count: int, verbose: bool = False) -> None:
     places = np.unique(np.searchsorted(rows.first_response, distinct.first[chosen], side="right") - 1)
     off, compared = 0.0, 0
     for numbers, logps in _translated(
-        reference_logps(replace(job, store=None), prepared.folders, places, ReferenceProgress())
+        reference_logps_for_driver(replace(job, store=None), prepared.folders, places, ReferenceProgress())
     ):
         both = ~np.isnan(stored[numbers])
         compared += int(both.sum())

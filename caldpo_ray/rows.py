@@ -9,6 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from caldpo_ray.errors import InputError, last_line
+from caldpo_ray.errors import NotReady, last_line
 from caldpo_ray.schema import Floats, Row, Tokens
-from caldpo_ray.storage import local_copy, open_path, read_bytes, write_atomically
+from caldpo_ray.storage import local_copy, open_path, read_json, write_atomically
 from caldpo_ray.tokenization import response_digest
 
 ARROW_SCHEMA = pa.schema(
@@ -75,20 +76,25 @@ def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Facts and parts of a finished row cache."""
-    try:
-        manifest: dict[str, Any] = json.loads(read_bytes(folder / "manifest.json"))
-    except OSError:
-        raise InputError(
-            f"row cache {folder}: manifest.json cannot be read from this node; run.output_dir must be a folder that all nodes share"
-        ) from None
-    return manifest
+    """Facts and parts of a finished row cache. Raises NotReady naming a manifest that is damaged or not there."""
+    way_out = f"run.output_dir must be a folder that all nodes share; if it is, remove {folder}, and it is made again"
+    return read_json(folder / "manifest.json", way_out, "parts")
+
+
+@cache
+def _has_content_of_its_name(path: Path, size: int, time: int) -> bool:
+    """Whether a part still is what was written; read through once per process and state of the file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem
 
 
 class _PartView:
-    """Zero-copy numpy views of one memory-mapped part."""
+    """Zero-copy numpy views of one memory-mapped part. Raises ValueError for one whose content has changed."""
 
     def __init__(self, path: Path) -> None:
+        facts = path.stat()
+        if not _has_content_of_its_name(path, facts.st_size, facts.st_mtime_ns):
+            raise ValueError(f"{path.name} does not match its checksum")
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).read_all().combine_chunks()
         names, self.columns = _only_chunk(batch, "row_id"), _only_chunk(batch, "columns")
@@ -144,8 +150,8 @@ class RowCache:
             try:
                 here = local_copy(folder)
                 self._parts += [_PartView(here / part["name"]) for part in parts]
-            except (OSError, pa.ArrowException) as error:
-                raise InputError(
+            except (OSError, ValueError, pa.ArrowException) as error:
+                raise NotReady(
                     f"row cache {folder}: a part cannot be read ({last_line(error)}); remove the folder, and it is made again"
                 ) from None
             sizes += [part["num_rows"] for part in parts]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caldpo_ray.config import Config, load_config, save_config
-from caldpo_ray.errors import InputError
-from caldpo_ray.storage import is_remote, open_path, probe_write, reaching, read_bytes, write_atomically
+from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.storage import is_remote, open_path, probe_write, reaching, read_bytes, read_json, write_atomically
 
 State = Literal["running", "complete", "failed", "interrupted"]
 TAIL_BYTES = 2**16  # holds some dozens of metrics lines
@@ -61,8 +61,14 @@ class RunDir:
         return self.path / "eval.json"
 
     def read_status(self) -> dict[str, Any]:
-        """State, exit code and reason of the last attempt; empty for a new run."""
-        return dict(json.loads(read_bytes(self.status))) if self.status.exists() else {}
+        """State, exit code and reason of the last attempt; empty for a new run. Raises NotReady for a damaged file."""
+        way_out = "delete it, and the same `caldpo train` command goes on from the last checkpoint and writes it again"
+        return read_json(self.status, way_out) if self.status.exists() else {}
+
+    def read_manifest(self) -> dict[str, Any]:
+        """What the run was trained on and against. Raises NotReady for a file that is damaged or not there."""
+        way_out = f"put it back, or delete {self.status}, and the same `caldpo train` command writes both again"
+        return read_json(self.manifest, way_out, "policy")
 
     def write_status(
         self, state: State, exit_code: int | None, reason: str, identity: str, inputs: str | None = None
@@ -193,9 +199,18 @@ def finish_metrics(path: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines, of the file or of its parts."""
+    """All lines, of the file or of its parts; none of a file that is not there. Raises NotReady naming a damaged line."""
     files = [path] if path.exists() else _parts(path)
-    return [json.loads(line) for file in files for line in read_bytes(file).splitlines()]
+    return [line for file in files for line in _whole_lines(file)]
+
+
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    *lines, _ = read_bytes(file).split(b"\n")  # the last piece is empty, or a line whose writer died
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError):
+            raise NotReady(f"{file}: line {number} is no JSON object; delete that line") from None
 
 
 def newest_metrics(path: Path) -> dict[str, Any] | None:

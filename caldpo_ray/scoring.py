@@ -53,11 +53,21 @@ class ResponseScorer(torch.nn.Module):
         self.misfit = ""
         """Why rows do not share their prompt, in words, once `choose_layout` has said so."""
         config = model.config.get_text_config()
+        self.vocab_size: int = config.vocab_size
         self.max_shared_tokens = attention_window(config)
         self.logit_transform = logit_transform(config)
 
     def batch(self, rows: Sequence[Row]) -> TokenBatch:
-        """The layout for these rows: shared prefix where it is right and saves something, else concatenated."""
+        """The layout for these rows: shared prefix where it is right and saves something, else concatenated.
+
+        Raises InputError for a token that the model does not have. Only those that occur count: tokenizers may know more.
+        """
+        largest = max((int(ids.max()) for row in rows for ids in (row.prompt_ids, *row.response_ids)), default=0)
+        if largest >= self.vocab_size:
+            raise InputError(
+                f"model.name_or_path: its tokenizer gives token id {largest}, but the model's vocabulary has {self.vocab_size}"
+                " tokens; put the tokenizer of this model beside its weights, or resize its embeddings"
+            )
         window = self.max_shared_tokens
         shares = any(len(row.response_ids) > 1 for row in rows)
         fits = window is None or all(len(r.prompt_ids) + max(map(len, r.response_ids)) <= window for r in rows)

@@ -109,6 +109,19 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
+def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:
+    """The object in a small file of ours. Raises NotReady naming a file that is none or lacks one of `keys`."""
+    try:
+        found = json.loads(read_bytes(path))
+        lacking = set(keys) if not isinstance(found, dict) else set(keys) - found.keys()
+        if lacking or not isinstance(found, dict):
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}" if lacking else "it is no JSON object")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else last_line(error)
+        raise NotReady(f"{path}: cannot be read ({reason}); {way_out}") from None
+    return found
+
+
 def remove_tree(folder: Path) -> None:
     """Delete a folder and all in it. Raises FileNotFoundError where there is none."""
     if not is_remote(folder):
@@ -131,8 +144,25 @@ def publishing(target: Path) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)
     yield scratch
+    _give_usual_modes(scratch)
+    if target.is_dir() and not any(target.iterdir()):  # it may be the current folder, or one that is mounted: it stays
+        for path in scratch.iterdir():
+            shutil.move(path, target)
+        scratch.rmdir()
+        return
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Files as readable as the umask lets any new file be; safetensors makes its own for the owner alone."""
+    probe = folder / f".mode-{uuid.uuid4().hex[:8]}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _upload(folder: Path, target: Path) -> None:

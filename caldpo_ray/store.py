@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from caldpo_ray.errors import InputError, NotReady, last_line
 from caldpo_ray.schema import Floats
-from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, remove_tree, write_atomically
+from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, read_json, remove_tree, write_atomically
 
 VERSION = 1
 Digests = npt.NDArray[np.void]  # V16
@@ -160,8 +160,9 @@ def list_references(root: str | Path) -> list[dict[str, Any]]:
     for manifest in _manifests(root):
         parts = list(manifest.parent.glob("part-*.parquet"))
         entries = sum(_num_entries(part) for part in parts)
-        with _readable(manifest):
-            facts = json.loads(read_bytes(manifest))
+        facts = read_json(
+            manifest, "delete it, and the next run that uses this reference writes it again", "model", "dtype"
+        )
         found.append(
             {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
         )

@@ -30,7 +30,7 @@ from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
 from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
-from caldpo_ray.models import load_tokenizer
+from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
@@ -311,10 +311,9 @@ class PolicyWorker:
         model = self.engine.module.model
         weights = checkpoint.gather_state_dict(model, self.config.train.deepspeed.zero_stage)
         if self.rank == 0:
-            policy = self.policy
             with publishing(target) as scratch:
                 model.save_pretrained(scratch, state_dict=weights)
-                load_tokenizer(policy.name_or_path, policy.revision, policy.trust_remote_code).save_pretrained(scratch)
+                save_tokenizer(self.policy, self.config.data.chat_template, scratch)
         dist.barrier()
 
     # -- small parts ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from caldpo_ray.config import Config, save_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.evaluation import Weights, _open, _resolve, evaluate
 from caldpo_ray.export import export, read_model_manifest, write_model_manifest
-from caldpo_ray.held_out import HeldOut, measure, summarise, wilson_interval, write_scores
+from caldpo_ray.held_out import HeldOut, measure, summarise, table, wilson_interval, write_scores
 from caldpo_ray.metrics import merge
 from caldpo_ray.models import ResolvedModel
 from caldpo_ray.objectives import get_objective
@@ -116,6 +116,16 @@ def test_without_an_objective_rewards_are_mean_token_log_probs(held_out: HeldOut
     assert found["rewards/accuracies"] == pytest.approx(np.mean(wins), abs=1e-9)
     assert found["nll"] == pytest.approx(-held_out.policy[chosen].sum() / lengths[chosen].sum(), rel=1e-5)
     assert found["counts"]["nll"] == lengths[chosen].sum()
+
+
+def test_the_table_shows_what_there_is_with_its_interval() -> None:
+    result = {"loss": 0.5, "rewards/accuracies": 0.8, "rewards/accuracies_interval": [0.49, 0.943], "counts": {}}
+    lines = table(result | {"world/kl": 2.0, "world/kl_se": 0.5})
+    assert [line.split() for line in lines] == [
+        ["loss", "0.5"],
+        ["rewards/accuracies", "0.8", "[0.49,", "0.943]"],
+        ["world/kl", "2", "[1.02,", "2.98]"],
+    ]
 
 
 def test_scores_are_one_line_per_response(held_out: HeldOut, tmp_path: Path) -> None:
@@ -336,11 +346,15 @@ def test_an_adapter_without_its_base(lora_run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_export_of_a_plain_model_is_a_copy(world: Path, models: tuple[str, str], tmp_path: Path) -> None:
+def test_export_of_a_plain_model_is_a_copy(
+    world: Path, models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = finished_run(world, tmp_path / "runs", models[0])
     AutoModelForCausalLM.from_pretrained(models[1]).save_pretrained(run / "model")
     (tmp_path / "out").mkdir()  # empty: allowed
-    target = export(run, tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    target = export(run, ".")
+    assert Path("config.json").exists(), "the current folder is still there, and holds the model"
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         path.name: path.read_bytes() for path in (run / "model").iterdir()
     }
@@ -349,6 +363,9 @@ def test_export_of_a_plain_model_is_a_copy(world: Path, models: tuple[str, str],
 
 def test_export_refuses(world: Path, models: tuple[str, str], tmp_path: Path) -> None:
     run = finished_run(world, tmp_path / "runs", models[0])
+    with pytest.raises(InputError, match=r"holds no whole model.*the same `caldpo train` command"):
+        export(run, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(models[1]).save_pretrained(run / "model")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="exists already and is never overwritten"):
@@ -396,13 +413,14 @@ def test_bad_input(world: Path, models: tuple[str, str], tmp_path: Path, monkeyp
         ("reference must share the vocabulary", models[0], {"data": data, "reference": str(other)}),
         ("holds no weights", models[0], {"data": data, "reference": str(world / "model")}),
         ("no such folder", models[0], {"data": data, "reference": str(tmp_path / "absent")}),
-        ("holds no weights", run, {}),
+        ("no whole model", run, {}),
         (
             "data.max_lenght.*did you mean data.max_length",
             models[0],
             {"data": data, "overrides": ["data.max_lenght=3"]},
         ),
         ("cannot be written", models[0], {"data": data, "output": str(world / "world.json")}),
+        ("is a folder; give a file in it", models[0], {"data": data, "scores": str(tmp_path)}),
         ("cannot be written", models[0], {"data": data, "scores": str(world / "world.json" / "scores.jsonl")}),
     ]
     for message, path, arguments in cases:
@@ -415,10 +433,20 @@ def test_a_run_that_cannot_be_evaluated(world: Path, models: tuple[str, str], tm
     AutoModelForCausalLM.from_pretrained(models[1]).save_pretrained(run / "model")
     with pytest.raises(InputError, match=r"not those that .* was trained against"):
         evaluate(run)
+    (run / "metrics.jsonl").unlink()  # the step is a fact for the reader, no more
+    with pytest.raises(InputError, match=r"not those that .* was trained against"):
+        evaluate(run)
+    (run / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read .*; put it back"):
+        evaluate(run)
+    (run / "manifest.json").write_text(json.dumps({"policy": {"digest": "of other weights"}}))
+    (run / "model" / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=rf"{run / 'model'}: its config\.json describes no model"):
+        evaluate(run)
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(world / "eval.jsonl"), "null"))
     with pytest.raises(InputError, match=r"no data\.eval"):
         evaluate(run)
     (run / "model").rename(run / "away")
-    with pytest.raises(InputError, match=r"no model yet \(state: complete\)"):
+    with pytest.raises(InputError, match=r"no whole model in model/ \(state: complete\)"):
         evaluate(run)

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import NotReady
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
 from caldpo_ray.tokenization import response_digest
@@ -70,5 +70,31 @@ def test_writing_the_same_rows_again_changes_nothing(tmp_path: Path, rows: list[
 
 def test_an_unfinished_cache_is_refused(tmp_path: Path, rows: list[Row]) -> None:
     write_part(tmp_path, rows, (0, 0))
-    with pytest.raises(InputError, match=r"manifest\.json"):
+    with pytest.raises(NotReady, match=r"manifest\.json"):
         RowCache([tmp_path])
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path: Path, rows: list[Row], content: str) -> None:
+    cache(tmp_path / "rows", rows)
+    (tmp_path / "rows" / "manifest.json").write_text(content)
+    with pytest.raises(
+        NotReady, match=rf"{tmp_path}/rows/manifest\.json: .*remove {tmp_path}/rows, and it is made again"
+    ):
+        RowCache([tmp_path / "rows"])
+
+
+def test_a_flipped_byte_is_found_by_whoever_opens_the_cache_next(tmp_path: Path, rows: list[Row]) -> None:
+    folder = tmp_path / "rows"
+    cache(folder, rows)
+    part = max(folder.glob("*.arrow"), key=lambda path: path.stat().st_size)
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(
+        NotReady, match=rf"row cache {folder}: .*{part.name} does not match .*remove the folder, and it is made"
+    ):
+        RowCache([folder])
+    part.write_bytes(part.read_bytes()[:99])
+    with pytest.raises(NotReady, match=part.name):
+        RowCache([folder])

@@ -172,3 +172,36 @@ def test_status_is_written_whole(tmp_path: Path) -> None:
         "identity": "id",
         "inputs": None,
     }
+
+
+@pytest.mark.parametrize("content", ["", "{x", '"complete"', "[]", "\x00\xff"])
+def test_a_damaged_status_is_named_with_the_way_out(tmp_path: Path, content: str) -> None:
+    run = open_run_dir(config(tmp_path), fresh=False)
+    assert run.read_status() == {}
+    run.status.write_text(content, encoding="latin-1")
+    with pytest.raises(
+        NotReady, match=rf"{run.status}: cannot be read .*; delete it, and the same `caldpo train` command"
+    ):
+        run.read_status()
+
+
+@pytest.mark.parametrize("content", [None, "", "{x", "{}", "[]"])
+def test_a_damaged_manifest_is_named_with_the_way_out(tmp_path: Path, content: str | None) -> None:
+    run = open_run_dir(config(tmp_path), fresh=False)
+    if content is not None:
+        run.manifest.write_text(content)
+    with pytest.raises(NotReady, match=rf"{run.manifest}: cannot be read .*; put it back, or delete {run.status}"):
+        run.read_manifest()
+
+
+def test_metrics_whose_writer_died_and_metrics_that_somebody_edited(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file) == []
+    file.write_text("")
+    assert read_metrics(file) == []
+    append_metrics(file, {"step": 1})
+    file.write_text(file.read_text() + '{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1}]
+    file.write_text('{"step": 1}\n7\n{"step": 3}\n')
+    with pytest.raises(NotReady, match=rf"{file}: line 2 is no JSON object; delete that line"):
+        read_metrics(file)

@@ -16,7 +16,7 @@ from caldpo_ray.errors import InputError
 from caldpo_ray.logprobs import concatenated_batch, shared_prefix_batch
 from caldpo_ray.schema import Row
 from caldpo_ray.scoring import ResponseScorer, attention_window, choose_layout, disable_dropout, score_rows
-from tests.unit.tiny_models import FAMILIES, PAD_ID, SHAREABLE, UNSHAREABLE, random_rows, tiny_model
+from tests.unit.tiny_models import FAMILIES, PAD_ID, SHAREABLE, UNSHAREABLE, VOCAB_SIZE, random_rows, tiny_model
 
 LAYOUTS = [shared_prefix_batch, concatenated_batch]
 MIXED_K = [(5, 4, 7), (1, 2, 6, 3, 1), (9, 2)]
@@ -343,3 +343,13 @@ def test_layers_on_two_devices(family: str) -> None:
         scorer.layout = choose_layout(scorer).layout
         assert scorer.layout == "shared_prefix"
     np.testing.assert_allclose(*(score_rows(scorer, rows, 3) for scorer in scorers), atol=1e-3)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused() -> None:
+    scorer = ResponseScorer(tiny_model("llama"), PAD_ID)
+    rows = random_rows((3, 2, 2))
+    rows[0].response_ids[1][0] = VOCAB_SIZE - 1
+    score_rows(scorer, rows, 1)
+    rows[0].response_ids[1][0] = VOCAB_SIZE
+    with pytest.raises(InputError, match=rf"token id {VOCAB_SIZE}, but the model's vocabulary has {VOCAB_SIZE} tokens"):
+        score_rows(scorer, rows, 1)

@@ -63,6 +63,24 @@ def test_a_folder_is_published_whole_and_replaced_whole(root: Path) -> None:
     assert is_complete(target) and contents(target) == {"b": "3", "c": "4"}
 
 
+def test_a_published_file_is_as_readable_as_any_new_one(tmp_path: Path) -> None:
+    with publishing(tmp_path / "model") as scratch:
+        (scratch / "below").mkdir(parents=True)
+        (scratch / "below" / "weights").touch(mode=0o600)
+    (tmp_path / "new").touch()
+    assert (tmp_path / "model" / "below" / "weights").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["below"]
+
+
+def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "here"
+    target.mkdir()
+    monkeypatch.chdir(target)
+    publish(Path.cwd(), a="1", b="2")
+    assert sorted(path.name for path in Path().iterdir()) == ["a", "b"], "as seen from the current folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_failed_body_publishes_nothing(root: Path) -> None:
     publish(root / "old", a="1")
     for name in ("new", "old"):
