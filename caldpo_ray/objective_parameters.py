@@ -7,13 +7,12 @@ of beta is 1/nats and its useful scale differs by orders of magnitude between ob
 """
 
 import difflib
-import importlib.util
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.errors import InputError
 from caldpo_ray.options import Options
 
 Beta = Annotated[float, Field(gt=0)]
@@ -290,25 +289,6 @@ def parse_objective(given: Mapping[str, Any] | ObjectiveParameters) -> Objective
     if name == "cdpo" and isinstance(parameters, Dpo) and parameters.label_smoothing == 0:
         raise InputError("cdpo: label_smoothing is required and must be greater than 0; without it use dpo")
     return parameters
-
-
-def require_findable(name: str) -> None:
-    """Raises NotReady when `name` is `package.module:function` and there is no such module.
-
-    The module itself is not loaded (its packages are), so that a driver needs no torch: whether it has the function shows
-    where the loss is computed.
-    """
-    module, colon, _ = name.partition(":")
-    if not colon:
-        return
-    try:
-        reason = None if importlib.util.find_spec(module) else "no such module"
-    except (ImportError, SyntaxError, ValueError) as error:  # of its packages; ValueError: __main__ run as a script
-        reason = str(error)
-    if reason:
-        raise NotReady(
-            f"{name}: cannot import {module} ({reason}); install it on every node or add its folder to PYTHONPATH"
-        )
 
 
 def _canonical_keys(schema: type[_Parameters], name: str, values: dict[str, Any]) -> dict[str, Any]:
