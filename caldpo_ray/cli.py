@@ -1,8 +1,12 @@
 """The command `caldpo`: one verb per function, errors as one message, exit codes 0, 2, 3 and 130."""
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -11,6 +15,8 @@ from caldpo_ray.errors import InputError, RunError
 
 # The base of Typer's usage errors, which it exports under no name of its own.
 USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 reference_app = typer.Typer(no_args_is_help=True, help="Fill or tend the reference store.")
@@ -41,16 +47,24 @@ def preview(
     config: ConfigPath,
     overrides: Overrides = None,
     count: Annotated[int, typer.Option("-n", help="Rows to show.", min=1)] = 3,
+    row: Annotated[list[str] | None, typer.Option(metavar="ID", help="Find this row instead; may be repeated.")] = None,
 ) -> None:
     """Show how rows become tokens and which tokens are scored."""
     from rich.console import Console
 
     from caldpo_ray.config import load_config
-    from caldpo_ray.plan import sample_rows
+    from caldpo_ray.plan import find_rows, pinned, sample_rows
     from caldpo_ray.preview import preview as render
 
-    sample, tokenizer = sample_rows(load_config(config, overrides or []), count)
-    Console(soft_wrap=True).print(render(sample.rows, tokenizer))
+    console, resolved = Console(soft_wrap=True), pinned(load_config(config, overrides or []))
+    if row:
+        found, tokenizer = find_rows(resolved, row)
+        for each in found:
+            typer.echo(each.place + (f": cannot be used: {each.reason}" if each.tokens is None else ""))
+            console.print(render([each.tokens] if each.tokens else [], tokenizer), end="")
+        return
+    sample, tokenizer = sample_rows(resolved, count)
+    console.print(render(sample.rows, tokenizer))
     for reason, number in sample.bad.most_common():
         typer.echo(f"{number} rows before the last one shown cannot be used: {reason}")
 
@@ -59,12 +73,9 @@ def preview(
 def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
     """Check config, a sample of the data, memory, resources and labels; start nothing."""
     from caldpo_ray.config import load_config
-    from caldpo_ray.pipeline import connect
     from caldpo_ray.plan import plan as look
 
-    resolved = load_config(config, overrides or [])
-    connect(verbose)
-    for line in look(resolved):
+    for line in look(load_config(config, overrides or []), verbose):
         typer.echo(line)
 
 
@@ -137,11 +148,12 @@ def reference_verify(
 @reference_app.command("list")
 def reference_list(store: Store = DEFAULT_STORE) -> None:
     """What the store holds: one line per reference."""
+    from caldpo_ray.progress import describe_bytes
     from caldpo_ray.store import list_references
 
     found = list_references(store)
     for entry in found:
-        size = f"{entry['entries']} responses, {entry['bytes'] / 2**20:.1f} MiB"
+        size = f"{entry['entries']} responses, {describe_bytes(entry['bytes'])}"
         typer.echo(f"{entry['key']}  {size:28s} {entry['dtype']:9s} {entry['model']}")
     if not found:
         typer.echo(f"no reference in {store}")
@@ -173,7 +185,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if os.getcwd() not in sys.path:  # as `python -m` does it, for the user's own objective or row function
         sys.path.insert(0, os.getcwd())
     try:
-        code: Any = app(arguments, standalone_mode=False)
+        with _interrupts_answered():
+            code: Any = app(arguments, standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
     except InputError as error:
@@ -181,11 +194,31 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except RunError as error:
         code = _complain(error, 3)
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain(RuntimeError("interrupted; the same command resumes the run"), 130)
+        code = INTERRUPTED
     except USAGE_ERROR as error:
         error.show()
         code = 2
+    if code == INTERRUPTED:  # Typer, too, makes this code of the exception
+        _complain(RuntimeError("interrupted; the same command resumes the run"), code)
     sys.exit(code or 0)
+
+
+@contextmanager
+def _interrupts_answered() -> Iterator[None]:
+    """Ctrl-C says at once that it was heard: until workers have stopped, seconds may pass."""
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"\ncaldpo: stopping ...\n")  # not `print`, which may be what was interrupted
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # as in a shell's background: ignored
+        yield
+        return
+    signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _complain(error: BaseException, code: int) -> int:

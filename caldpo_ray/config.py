@@ -5,13 +5,14 @@ module loads neither torch nor ray. Fields marked `EXECUTION` say how a run is e
 compares only the others (`Config.identity`).
 """
 
-import difflib
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,8 +23,11 @@ from pydantic import (
     model_validator,
 )
 
+from caldpo_ray.dotted import flatten, get, given_twice, parse_overrides, put, put_default
 from caldpo_ray.errors import InputError
-from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
+from caldpo_ray.objective_parameters import SCHEMAS, ObjectiveParameters, parse_objective
+from caldpo_ray.options import ALIASES, NOT_ALIASES, Options, explain, one_rule, types_in
+from caldpo_ray.yaml_text import read_yaml, write_yaml
 
 
 class Execution:
@@ -32,69 +36,116 @@ class Execution:
 
 EXECUTION = Execution()
 Dtype = Literal["float32", "bfloat16"]
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# A folder, file or other source: `~` is the home of whoever starts the run.
+Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Labels = Annotated[dict[str, str] | None, EXECUTION]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+class Section(Options):
+    model_config = ConfigDict(validate_default=True)
 
 
 class RunSection(Section):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    output_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 42
+    name: str
+    """Names the run's folder in output_dir; default: the name of the config file."""
+    output_dir: Location = "runs"
+    """Folder or URL (s3://, gs://) for runs; on a cluster one that every node sees."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Decides the order of rows and what new weights are."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name):
+            raise ValueError(
+                "must be letters, digits, . _ and -, and begin with none of . and -; give another run.name"
+            )
+        return name
 
 
 class LoraSection(Section):
     """LoRA through PEFT; the reference is then the base model."""
 
     r: PositiveInt = 16
+    """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    target_modules: str | list[str] = "all-linear"
+    """The update is scaled by alpha / r."""
+    target_modules: Annotated[str | list[str], one_rule("all-linear, a pattern, or a list of module names")] = (
+        "all-linear"
+    )
+    """all-linear, a regular expression, or a list of module names."""
     init: Literal["default", "gaussian"] = "default"
     """Only initialisations with zero effect: PiSSA and OLoRA change the base, and with it the reference."""
 
 
 class ModelSection(Section):
-    name_or_path: str = Field(min_length=1)
+    name_or_path: Location
+    """The model to align: a hub id, or a folder of weights, of a LoRA adapter, or of a config alone (new weights)."""
     revision: str | None = None
+    """Branch, tag or commit of a hub model; default: its main branch."""
     dtype: Dtype = "float32"
+    """Of weights and forward passes; log-probs and losses are float32 with both."""
     attn_implementation: Annotated[Literal["sdpa", "eager"] | None, EXECUTION] = None
+    """Default: what transformers takes for the model."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
     gradient_checkpointing: Annotated[bool, EXECUTION] = False
+    """Compute activations twice instead of keeping them: less memory, more time."""
     lora: LoraSection | None = None
+    """Train an adapter instead of all weights; the reference is then the base model."""
 
 
 class DataSection(Section):
-    train: str = Field(min_length=1)
-    eval: Annotated[str, Field(min_length=1)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    train: Location
+    """A file, folder, glob or URL of JSONL, JSON, CSV or Parquet, or hub:org/name[:split]."""
+    eval: Annotated[
+        Location | Annotated[float, Field(gt=0, lt=1)] | None,
+        one_rule("a source of rows like data.train, a fraction of it between 0 and 1, or null"),
+    ] = None
     """Held-out rows: a source like `train`, or the fraction of `train` to hold out (by row digest)."""
     format: str = "auto"
-    label_selector: Annotated[dict[str, str] | None, EXECUTION] = None
+    """What a row looks like: auto, a known format, or your own function as package.module:function."""
+    label_selector: Labels = None
+    """Labels of the Ray nodes for data tasks, as {key: value}."""
     max_length: PositiveInt = 1024
     """Tokens of the prompt and the longest response together."""
     max_prompt_length: PositiveInt | None = None
+    """Tokens of the prompt alone; default: what max_length leaves."""
     truncation: Literal["keep_end", "keep_start", "error"] = "keep_end"
     """Which end of a too long prompt stays; responses are never cut."""
     chat_template: str | None = None
+    """A Jinja template instead of the tokenizer's own."""
     max_bad_fraction: Fraction = 0.05
+    """Share of unusable rows above which the run stops."""
     shuffle: bool = True
+    """A new order of the rows in every epoch."""
 
 
 class ReferenceSection(Section):
-    name_or_path: str | None = None
-    """Default: the policy before its first step."""
+    name_or_path: Location | None = None
+    """The frozen model, like model.name_or_path. Default: the policy before its first step."""
     revision: str | None = None
+    """Branch, tag or commit, where name_or_path is on the hub."""
     dtype: Dtype | None = None
-    store: Annotated[str | None, EXECUTION]
-    """Folder of reference log-probs shared by runs; null scores anew in every run."""
-    num_actors: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], EXECUTION] = 1
+    """Default: model.dtype."""
+    store: Annotated[Location | None, EXECUTION]
+    """Folder of reference log-probs shared by runs, by default in run.output_dir; null scores anew in every run."""
+    num_actors: Annotated[
+        PositiveInt | tuple[PositiveInt, PositiveInt],
+        EXECUTION,
+        one_rule("a whole number above 0, or [lowest, highest], two of them"),
+    ] = 1
+    """Processes that score; [lowest, highest] lets the pool grow."""
     num_cpus_per_actor: Annotated[float, Field(ge=0), EXECUTION] = 0.5
+    """CPUs that Ray sets aside for each."""
     num_gpus_per_actor: Annotated[float, Field(ge=0), EXECUTION] = 0
     """A fraction shares a GPU with other actors; several split the model's layers over GPUs of one node."""
     batch_tokens: Annotated[PositiveInt, EXECUTION] = 16384
-    label_selector: Annotated[dict[str, str] | None, EXECUTION] = None
+    """Tokens of one forward pass at most, padding included."""
+    label_selector: Labels = None
+    """Labels of the Ray nodes for these actors, as {key: value}."""
 
     @field_validator("revision")
     @classmethod
@@ -123,9 +174,14 @@ class ReferenceSection(Section):
 
 class DeepSpeedSection(Section):
     zero_stage: Annotated[Literal[0, 1, 2, 3], EXECUTION] = 1
+    """What workers partition: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too."""
     offload_optimizer: Annotated[bool, EXECUTION] = False
+    """Keep optimiser state in CPU memory."""
     offload_param: Annotated[bool, EXECUTION] = False
-    config: Annotated[dict[str, Any] | str | None, EXECUTION] = None
+    """Keep parameters in CPU memory; stage 3 only."""
+    config: Annotated[
+        dict[str, Any] | Location | None, EXECUTION, one_rule("a mapping or the path of a JSON file, or null")
+    ] = None
     """Raw DeepSpeed JSON (a mapping or a file), merged; a key that contradicts this config is refused."""
 
     @field_validator("offload_optimizer")
@@ -145,33 +201,49 @@ class DeepSpeedSection(Section):
 
 class TrainSection(Section):
     num_workers: Annotated[PositiveInt, EXECUTION] = 1
+    """Processes that train; one GPU each where use_gpu is true."""
     num_cpus_per_worker: Annotated[float, Field(ge=0), EXECUTION] = 0.5
+    """CPUs that Ray sets aside for each."""
     num_threads_per_worker: Annotated[PositiveInt | None, EXECUTION] = None
     """Torch threads; default: the node's cores shared by the workers on it."""
     use_gpu: Annotated[bool, EXECUTION] = False
-    label_selector: Annotated[dict[str, str] | None, EXECUTION] = None
+    """Train on GPUs."""
+    label_selector: Labels = None
+    """Labels of the Ray nodes for these workers, as {key: value}."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """The largest of the schedule, after the warm-up."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up, or stays."""
     warmup_ratio: Fraction = 0.1
+    """Share of all steps in which it rises from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of matrices; biases and norms have none."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """rmsprop keeps one state per parameter, adamw two."""
     batch_size: PositiveInt = 64
     """Rows per optimiser step over all workers; a pair is one row."""
     micro_batch_tokens: Annotated[PositiveInt, EXECUTION] = 8192
+    """Tokens of one forward pass of a worker at most, padding included."""
     epochs: PositiveInt = 1
+    """Passes over the training rows."""
     max_steps: PositiveInt | None = None
+    """Optimiser steps at most; default: what the epochs take."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Longer gradients are scaled to this norm."""
     eval_every: Annotated[PositiveInt | None, EXECUTION] = None
     """Steps between evaluations; default: at the end only."""
     save_every: Annotated[PositiveInt | None, EXECUTION] = None
     """Steps between checkpoints; default: at the end only."""
     log_every: Annotated[PositiveInt, EXECUTION] = 1
+    """Steps between lines of metrics."""
     keep_checkpoints: Annotated[PositiveInt, EXECUTION] = 2
+    """How many stay; where held-out rows are measured, the best ones."""
     best_metric: Annotated[str | None, EXECUTION] = None
     """Decides `best/`; default: rewards/accuracies, or loss where the objective compares nothing."""
-    max_failures: Annotated[int, Field(ge=0), EXECUTION] = 3
+    max_failures: Annotated[int, Field(ge=0, lt=2**31), EXECUTION] = 3
+    """How often a run goes on from its last checkpoint after it lost a worker, before it stops."""
     placement_timeout_seconds: Annotated[float, Field(gt=0), EXECUTION] = 120.0
-    """How long data tasks, workers and reference actors may wait for resources before the run stops and names what is missing."""
+    """How long the run may wait for resources before it stops and names what is missing."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
     @field_validator("batch_size")
@@ -194,13 +266,21 @@ class Config(Section):
     reference: ReferenceSection
     objective: Annotated[ObjectiveParameters, BeforeValidator(parse_objective)]
     train: TrainSection = TrainSection()
-    loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], EXECUTION] = []
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], EXECUTION] = Field(default_factory=list)
+    """Where metrics go besides metrics.jsonl; several as a list."""
+
+    @field_validator("loggers")
+    @classmethod
+    def _each_logger_once(cls, loggers: list[str]) -> list[str]:
+        if len(set(loggers)) < len(loggers):
+            raise ValueError("names a logger twice; keep one")
+        return loggers
 
     @model_validator(mode="before")
     @classmethod
     def _store_beside_the_runs(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            run, reference = values.get("run") or {}, values.get("reference") or {}
+            run, reference = values.get("run", {}), values.get("reference", {})
             if isinstance(run, dict) and isinstance(reference, dict) and "store" not in reference:
                 folder = run.get("output_dir", RunSection.model_fields["output_dir"].default)
                 values = {**values, "reference": {**reference, "store": f"{folder}/.cache/reference"}}
@@ -260,39 +340,6 @@ def _walk(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any, bool]]:
         yield f"{prefix}{name}", plain[name], False
 
 
-# What users of TRL and the Hugging Face trainers type, where it means exactly the same here.
-ALIASES = {
-    "model_name_or_path": "model.name_or_path",
-    "model.model_name_or_path": "model.name_or_path",
-    "dataset_name": "data.train",
-    "data.dataset_name": "data.train",
-    "data.truncation_mode": "data.truncation",
-    "objective.loss_type": "objective.name",
-    "train.num_train_epochs": "train.epochs",
-    "train.lr_scheduler_type": "train.lr_scheduler",
-    "train.optim": "train.optimizer",
-    "train.eval_steps": "train.eval_every",
-    "train.save_steps": "train.save_every",
-    "train.logging_steps": "train.log_every",
-    "train.save_total_limit": "train.keep_checkpoints",
-    "train.metric_for_best_model": "train.best_metric",
-    "train.train_batch_size": "train.batch_size",
-    "model.lora.lora_r": "model.lora.r",
-    "model.lora.lora_alpha": "model.lora.alpha",
-    "model.lora.lora_target_modules": "model.lora.target_modules",
-    "run.run_name": "run.name",
-    "report_to": "loggers",
-}
-# The same idea with another unit: a silent translation would change the run.
-NOT_ALIASES = {
-    "train.per_device_train_batch_size": "counts rows per device; train.batch_size counts rows per optimiser step over all workers",
-    "train.gradient_accumulation_steps": "follows from train.micro_batch_tokens; set train.batch_size to rows per optimiser step",
-    "train.warmup_steps": "counts steps; here train.warmup_ratio is a share of all steps",
-    "reference.precompute_ref_log_probs": "is the default here: reference.store keeps reference log-probs; null turns it off",
-    "objective.f_divergence_type": "is objective.name: f_dpo with objective.divergence; TRL's alpha is 1 - objective.alpha",
-}
-
-
 def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
     """Read a YAML file, apply overrides (`key=value` strings or a mapping of dotted keys) and validate.
 
@@ -300,29 +347,33 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     """
     file = Path(path) if isinstance(path, str) else path  # of a run on object storage it is no `Path`
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = read_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {file}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"config {file}: not valid YAML: {error}") from None
+    except InputError as error:
+        raise InputError(f"config {file}: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(
             f"config {file}: must be a mapping of sections (model, data, objective, ...), found {type(raw).__name__}"
         )
+    given = list(flatten(raw))
+    mistakes = given_twice(given)
     values: dict[str, Any] = {}
-    mistakes: list[str] = []
-    for key, value in [*_flatten(raw), *_parse_overrides(overrides, mistakes)]:
+    for key, value in [*given, *parse_overrides(overrides, mistakes)]:
         if key in NOT_ALIASES:
             mistakes.append(f"{key} = {value!r}: {NOT_ALIASES[key]}")
         else:
-            _put(values, ALIASES.get(key, key), value)
-    _put_default(values, "run.name", file.stem)
+            # An empty section is one with every option at its default.
+            put(values, ALIASES.get(key, key), {} if value is None and key in SECTIONS else value)
+    put_default(values, "run.name", file.stem)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        mistakes += [_explain(item) for item in error.errors()]
+        mistakes += [line for item in error.errors() for line in explain(item, _names())]
         # pydantic asks what holds between sections only once each section is right.
-        between = _broken_between_sections(_get(values, "model.dtype"), _get(values, "train.deepspeed.zero_stage"))
+        between = _broken_between_sections(get(values, "model.dtype"), get(values, "train.deepspeed.zero_stage"))
         mistakes += [between] if between and between not in mistakes else []
     if mistakes:
         raise InputError(
@@ -335,66 +386,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 def save_config(config: Config) -> str:
     """YAML that `load_config` reads back to the same run."""
     header = "# Resolved configuration: every option with the value that was used.\n"
-    return header + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        # These values are mappings themselves: their keys are the user's, not ours.
-        free = dotted.endswith("label_selector") or dotted == "train.deepspeed.config"
-        if isinstance(value, Mapping) and value and not free:
-            yield from _flatten(value, f"{dotted}.")
-        else:
-            yield dotted, value
-
-
-def _parse_overrides(overrides: Sequence[str] | Mapping[str, Any], mistakes: list[str]) -> Iterator[tuple[str, Any]]:
-    if isinstance(overrides, Mapping):
-        yield from overrides.items()
-        return
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            mistakes.append(f"override {text!r}: must be key=value, for example train.learning_rate=1e-6")
-            continue
-        try:
-            yield key, _number(yaml.safe_load(value))
-        except yaml.YAMLError:
-            mistakes.append(f"override {text!r}: the value is not valid YAML; quote it")
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-6` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
-
-
-def _put(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, last = dotted.split(".")
-    for name in sections:
-        inner = values.get(name)
-        if not isinstance(inner, dict):
-            inner = values[name] = {}
-        values = inner
-    values[last] = _number(value)
-
-
-def _get(values: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return values
-
-
-def _put_default(values: dict[str, Any], dotted: str, value: Any) -> None:
-    section, last = dotted.split(".")
-    inner = values.setdefault(section, {})
-    if isinstance(inner, dict):
-        inner.setdefault(last, value)
+    return header + write_yaml(config.model_dump(mode="json"))
 
 
 def known_keys() -> list[str]:
@@ -404,7 +396,7 @@ def known_keys() -> list[str]:
 
 def _schema_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
-        inner = [kind for kind in _types(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
+        inner = [kind for kind in types_in(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
         if prefix == "" and name == "objective":
             yield "objective.name"
         elif inner:
@@ -413,27 +405,11 @@ def _schema_keys(section: type[BaseModel], prefix: str) -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _types(annotation: Any) -> Iterator[Any]:
-    yield annotation
-    for inner in get_args(annotation):
-        yield from _types(inner)
+# Where `null` means every option at its default; `model.lora: null` means none.
+SECTIONS = {key.rpartition(".")[0] for key in known_keys()} - {"", "model.lora"}
 
 
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(_siblings(key))}"
-        return f"{key} = {item['input']!r}: unknown key{hint}"
-    if item["type"] == "missing":
-        return f"{key}: required and not given; add it to the file or as {key}=VALUE"
-    rule = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict) else f" = {item['input']!r}"
-    return f"{key}{shown}: {rule}" if key else rule
-
-
-def _siblings(key: str) -> list[str]:
-    prefix = key.rpartition(".")[0]
-    return sorted(
-        {k for k in known_keys() if k.rpartition(".")[0] == prefix} or {k.partition(".")[0] for k in known_keys()}
-    )
+def _names() -> list[str]:
+    """Every dotted key that somebody may have meant."""
+    parameters = {name for schema in SCHEMAS.values() for name in schema.model_fields} - {"name"}
+    return [*known_keys(), *(f"objective.{name}" for name in sorted(parameters))]

@@ -10,7 +10,9 @@ import json
 import os
 import pickle
 import shutil
+import traceback
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,12 +33,15 @@ from caldpo_ray.schema import BadRow, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
 from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
 from caldpo_ray.tokenization import row_id, tokenise
+from caldpo_ray.user_code import what_happened
 
-VERSION = 1
+VERSION = 2  # of what rows become: raised where the same files give other rows
 ROWS_PER_PART = 1024
 BLOCK_BYTES = 2**24  # records to one task: a second process pays for its imports only where there are more
 READ_CPUS, TOKENISE_CPUS = 0.25, 0.5
+MAX_RETRIES = 3  # of a task whose process or node dies: enough for lost nodes, and not for a row that kills its process
 NUM_SHOWN_REASONS = 8
+MAX_REASON = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,10 @@ def cache_key(files: list[SourceFile], data: DataSection, tokenizer: str, min_re
 def _source_of(format_name: str) -> str:
     """Source text of the user's module: an edited row function makes other rows."""
     module = inspect.getmodule(get_format(format_name).args[0])  # type: ignore[attr-defined]
-    return inspect.getsource(module) if module else ""
+    try:
+        return inspect.getsource(module) if module else ""
+    except (OSError, TypeError):  # compiled
+        return ""
 
 
 def read_quarantine(folder: Path) -> str:
@@ -145,25 +153,41 @@ def _execute(
     context = quiet_data_context()
     context.target_max_block_size = BLOCK_BYTES
     placed: dict[str, Any] = {"label_selector": data.label_selector} if data.label_selector else {}
+    placed["max_retries"] = MAX_RETRIES
     tickets = [{"number": number, "file": pickle.dumps(file)} for number, file in enumerate(files)]
-    reports = (
-        ray.data.from_items(tickets, override_num_blocks=len(tickets))
-        .map_batches(_read, batch_size=1, num_cpus=READ_CPUS, **placed)
-        .map_batches(
-            _tokenise_batch,
-            fn_args=(data, model, str(folder), min_responses),
-            batch_size=1,
-            num_cpus=TOKENISE_CPUS,
-            **placed,
+    with warnings.catch_warnings():
+        # Ray 2.60 wants named parameters, and has none for max_retries: without it a dying task is tried for ever.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        reports = (
+            ray.data.from_items(tickets, override_num_blocks=len(tickets))
+            .map_batches(_read, batch_size=1, num_cpus=READ_CPUS, **placed)
+            .map_batches(
+                _tokenise_batch,
+                fn_args=(data, model, str(folder), min_responses),
+                batch_size=1,
+                num_cpus=TOKENISE_CPUS,
+                **placed,
+            )
         )
-    )
     try:
         for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
             for report in map(json.loads, batch["report"]):
                 raise_told(report["error"])
                 yield report
     except Exception as error:
-        raise find_error(error) or RunError(f"the data stage stopped: {last_line(error)}") from error
+        raise find_error(error) or RunError(f"the data stage stopped: {_what_stopped(error, data)}") from error
+
+
+def _what_stopped(error: Exception, data: DataSection) -> str:
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+
+    if not isinstance(error, NodeDiedError | OutOfMemoryError | WorkerCrashedError):
+        return last_line(error)
+    own = ":" in data.format
+    what = f"data.format = {data.format}" if own else "the tokenizer"
+    reason = last_line(error) if isinstance(error, OutOfMemoryError) else type(error).__name__
+    way_out = "call the function on the rows by itself to see where" if own else "look into Ray's logs of its worker"
+    return f"a task that runs {what} lost its process {MAX_RETRIES + 1} times ({reason}); {way_out}"
 
 
 def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
@@ -178,20 +202,34 @@ def _read(ticket: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
                 "records": [pickle.dumps(batch)],
                 "error": [""],
             }
-    except (InputError, RunError) as error:
-        told = tell(error)
+    except Exception as error:
         yield {
             "path": [file.path],
             "order": np.array([[number, at + 1]]),
             "records": [pickle.dumps([])],
-            "error": [told],
+            "error": [_told(error, file.path)],
         }
+
+
+def _told(error: Exception, path: str) -> str:
+    """What a task failed with, as text: of an error that crosses Ray Data only its last line would be left."""
+    return tell(find_error(error) or RunError(f"the data stage stopped at {path} ({what_happened(error)})"))
 
 
 def _tokenise_batch(
     batch: dict[str, npt.NDArray[Any]], data: DataSection, model: ModelSection, folder: str, min_responses: int
 ) -> dict[str, Any]:
     """Task: records to one part on disk; its report is JSON."""
+    try:
+        report = _write_batch(batch, data, model, folder, min_responses)
+    except Exception as error:
+        report = {"error": _told(error, str(batch["path"][0]))}
+    return {"report": [json.dumps(report)]}
+
+
+def _write_batch(
+    batch: dict[str, npt.NDArray[Any]], data: DataSection, model: ModelSection, folder: str, min_responses: int
+) -> dict[str, Any]:
     tokenizer = _tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
     path, order = str(batch["path"][0]), (int(batch["order"][0][0]), int(batch["order"][0][1]))
     rows: list[Row] = []
@@ -203,16 +241,15 @@ def _tokenise_batch(
             continue
         try:
             row, truncated = make_row(record, data, tokenizer, row_id(path, line), min_responses)
-        except InputError as error:
-            return {"report": [json.dumps({"error": tell(error)})]}
+        except InputError:
+            raise
         except ValueError as error:
             bad.append({"file": path, "line": line, "reason": str(error)})
             continue
         rows.append(row)
         num_truncated += truncated > 0
     part = asdict(write_part(open_path(folder), rows, order)) if rows else None
-    told = str(batch["error"][0])
-    return {"report": [json.dumps({"error": told, "part": part, "bad": bad, "num_truncated": num_truncated})]}
+    return {"error": str(batch["error"][0]), "part": part, "bad": bad, "num_truncated": num_truncated}
 
 
 @lru_cache(maxsize=2)
@@ -222,11 +259,33 @@ def _tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:
 
 
 def make_row(record: RawRecord, data: DataSection, tokenizer: Any, name: str, min_responses: int) -> tuple[Row, int]:
-    """One source record as (tokenised row, prompt tokens cut). Raises ValueError with the reason it cannot be used."""
+    """One source record as (tokenised row, prompt tokens cut). Raises ValueError with the reason it cannot be used.
+
+    The reason is one line of text, whatever the record and the user's row function hold.
+    """
+    try:
+        return _make_row(record, data, tokenizer, name, min_responses)
+    except InputError:
+        raise
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+    except _OF_CONTENT as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {Path(place.filename).name} line {place.lineno}"
+    raise ValueError(reason.encode("utf-8", "backslashreplace").decode()[:MAX_REASON])
+
+
+# What a chat template or a tokenizer may raise for what stands in one row; memory and files are the machine's matter.
+_OF_CONTENT = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
+
+
+def _make_row(record: RawRecord, data: DataSection, tokenizer: Any, name: str, min_responses: int) -> tuple[Row, int]:
     form = recognise(record) if data.format == "auto" else data.format
     example = check_example(get_format(form)(record))
     if len(example.responses) < min_responses:
         raise ValueError(f"{len(example.responses)} response, but the objective compares {min_responses} or more")
+    if form == "alpaca" and not (isinstance(example.prompt, str) or data.chat_template or tokenizer.chat_template):
+        raise ValueError("system and history of alpaca rows need a chat template, which the tokenizer has not")
     return tokenise(
         example,
         tokenizer,

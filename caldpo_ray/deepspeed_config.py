@@ -15,12 +15,19 @@ OURS = {
     "gradient_clipping": "train.max_grad_norm",
     "optimizer": "train.optimizer and train.learning_rate",
     "scheduler": "train.lr_scheduler",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype (fp16 overflows for small beta; use bfloat16)",
+    "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype (fp16 overflows for small beta; use bfloat16)",
     "zero_optimization.stage": "train.deepspeed.zero_stage",
-    "zero_optimization.offload_optimizer": "train.deepspeed.offload_optimizer",
-    "zero_optimization.offload_param": "train.deepspeed.offload_param",
+    "zero_optimization.offload_optimizer.device": "train.deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "train.deepspeed.offload_param",
 }
+# What DeepSpeed takes where we say nothing; None for the others.
+DEFAULTS = {
+    "fp16.enabled": False,
+    "zero_optimization.offload_optimizer.device": "none",
+    "zero_optimization.offload_param.device": "none",
+}
+MAPPINGS = {key[:dot] for key in OURS for dot in range(len(key)) if key[dot] == "."}
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -65,18 +72,23 @@ def read_raw(config: Config) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], raw: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """`raw` on top of `base`. What says nothing ("auto", null) or the same as we do is left out."""
     merged = dict(base)
     for key, value in raw.items():
         dotted = f"{prefix}{key}"
-        if dotted in OURS and value not in ("auto", base.get(key)):
+        if value is None or value == "auto":
+            continue
+        if dotted in MAPPINGS:
+            if not isinstance(value, dict):
+                raise InputError(
+                    f"train.deepspeed.config: {dotted} = {value!r}: must be a mapping; see DeepSpeed's documentation"
+                )
+            if inner := _merged(base.get(key, {}), value, f"{dotted}."):
+                merged[key] = inner
+        elif dotted not in OURS:
+            merged[key] = value
+        elif value != base.get(key, DEFAULTS.get(dotted)):
             raise InputError(
                 f"train.deepspeed.config: {dotted} = {value!r} is decided by {OURS[dotted]}; set that and remove this"
             )
-        if value == "auto":
-            continue
-        merged[key] = (
-            _merged(base[key], value, f"{dotted}.")
-            if isinstance(base.get(key), dict) and isinstance(value, dict)
-            else value
-        )
     return merged

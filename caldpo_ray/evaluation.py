@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, load_config
@@ -39,6 +38,7 @@ from caldpo_ray.schema import Floats
 from caldpo_ray.storage import local_copy, open_path, probe_write, reaching, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
 from caldpo_ray.world import is_world
+from caldpo_ray.yaml_text import write_yaml
 
 
 def evaluate(
@@ -173,7 +173,7 @@ def _open_model(path: Path, data: str | None, overrides: Sequence[str]) -> Subje
     }
     with tempfile.TemporaryDirectory() as folder:  # load_config reads files
         file = Path(folder) / "evaluation.yaml"
-        file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        file.write_text(write_yaml(values), encoding="utf-8")
         config = load_config(file, overrides)
     cache, policy = open_path(config.run.output_dir).absolute() / ".cache", Weights(str(path), config.model.revision)
     frozen = Weights(named["name_or_path"], named["revision"], named["digest"]) if named else None

@@ -8,20 +8,26 @@ Plain text stays plain text: prompt and response are joined as they are, and no 
 unless the other half of the row is made of messages already.
 """
 
-import math
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
+
+import numpy as np
 
 from caldpo_ray.errors import InputError
 from caldpo_ray.schema import Example, Message, RawRecord
+from caldpo_ray.user_code import import_function
 
 Format = Callable[[RawRecord], Example]
 Text = str | list[Message]
 
 HH_ANSWER = "\n\nAssistant:"
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+# What an objective gets by name beside a row's columns.
+ARGUMENTS = {"self", "policy_logps", "reference_logps", "lengths", "response_scores"}
+LARGEST = float(np.finfo(np.float32).max)  # scores, weights and columns meet log-probs in float32
+_MESSAGES_AS_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")
 
 
 def preference(record: RawRecord) -> Example:
@@ -57,9 +63,13 @@ def hh(record: RawRecord) -> Example:
 
     Cut at the last assistant turn; the marker ends the prompt and the response keeps its leading space.
     """
-    chosen, rejected = (_typed(record.get(name), name, str) for name in ("chosen", "rejected"))
+    chosen, rejected = (_text(record.get(name), name) for name in ("chosen", "rejected"))
     prompt, marker, chosen_response = chosen.rpartition(HH_ANSWER)
     rejected_prompt, rejected_marker, rejected_response = rejected.rpartition(HH_ANSWER)
+    if not (marker or rejected_marker):
+        raise ValueError(
+            "the prompt column is missing, and chosen and rejected are no transcripts with assistant turns"
+        )
     if not (marker and rejected_marker):
         raise ValueError("a transcript holds no assistant turn")
     if prompt != rejected_prompt:
@@ -70,14 +80,24 @@ def hh(record: RawRecord) -> Example:
 
 
 def alpaca(record: RawRecord) -> Example:
-    """``instruction``, ``input`` (may be empty or absent), ``chosen``, ``rejected``, all text.
+    """``instruction``, ``input`` (may be empty or absent), ``chosen``, ``rejected``, all text; ``system``, ``history``.
 
-    The prompt is the instruction, then a newline and the input where there is one. Other columns are not read.
+    The prompt is the instruction, then a newline and the input where there is one: plain text, unless ``system`` (text)
+    or ``history`` ([[instruction, response], ...]) has something in it. Then it is, as in LLaMA-Factory, a conversation:
+    the system's message, the earlier turns, and the prompt as the user's. Other columns are not read.
     """
-    prompt, chosen, rejected = (_typed(record.get(name), name, str) for name in ("instruction", "chosen", "rejected"))
+    prompt, chosen, rejected = (_text(record.get(name), name) for name in ("instruction", "chosen", "rejected"))
     if record.get("input"):
-        prompt += "\n" + _typed(record["input"], "input", str)
-    return _pair(record, prompt, chosen, rejected)
+        prompt += "\n" + _text(record["input"], "input")
+    earlier: list[Message] = []
+    if record.get("system"):
+        earlier.append({"role": "system", "content": _text(record["system"], "system")})
+    for turn in _typed(record.get("history") or [], "history", list):
+        if len(_typed(turn, "a turn of history", list)) != 2:
+            raise ValueError("a turn of history is not [instruction, response]")
+        texts = zip(("user", "assistant"), turn, strict=True)
+        earlier += [{"role": role, "content": _text(text, f"history's {role} turn")} for role, text in texts]
+    return _pair(record, [*earlier, {"role": "user", "content": prompt}] if earlier else prompt, chosen, rejected)
 
 
 def sharegpt(record: RawRecord) -> Example:
@@ -160,7 +180,7 @@ def recognise(record: RawRecord) -> str:
 
     ``ValueError`` where none fits, and where a pair has more than one column that could be its prompt.
     """
-    present = {name for name, value in record.items() if value is not None}
+    present = {str(name) for name, value in record.items() if value is not None}
     fits = [name for name, columns in _COLUMNS if present.issuperset(columns.split())]
     with_prompt = [name for name in fits if name in ("preference", "alpaca", "sharegpt")]
     if len(with_prompt) > 1:
@@ -176,7 +196,7 @@ def get_format(name: str) -> Format:
     """The function of a format, or the user's own as ``package.module:function``.
 
     The user's function gets the record and returns an ``Example``, or a dict in any of the known formats.
-    ``InputError`` where there is no such format, module or function.
+    ``InputError`` where there is no such format, module or function, or where importing it fails.
     """
     if name in FORMATS:
         return FORMATS[name]
@@ -186,13 +206,7 @@ def get_format(name: str) -> Format:
             f"data.format: {name!r} is no format: use one of {', '.join(FORMATS)}, "
             "or your own row function as package.module:function"
         )
-    try:
-        function = vars(import_module(module_name)).get(function_name)
-    except (ImportError, SyntaxError) as error:
-        raise InputError(f"data.format: cannot import the module of {name!r}: {error}") from error
-    if not callable(function):
-        raise InputError(f"data.format: {name!r}: the module has no function {function_name!r}")
-    return partial(_call_row_function, function)
+    return partial(_call_row_function, import_function("data.format", name))
 
 
 def _call_row_function(function: Callable[[RawRecord], Any], record: RawRecord) -> Example:
@@ -200,7 +214,7 @@ def _call_row_function(function: Callable[[RawRecord], Any], record: RawRecord) 
         result = function(record)
     except ValueError:
         raise
-    except Exception as error:  # the user's code may raise anything: the row is bad, and counted
+    except (Exception, SystemExit) as error:  # the user's code may raise anything: the row is bad, and counted
         detail = f" {error}" if isinstance(error, KeyError) else ""
         raise ValueError(f"the row function raised {type(error).__name__}{detail}") from error
     if isinstance(result, Example):
@@ -211,7 +225,7 @@ def _call_row_function(function: Callable[[RawRecord], Any], record: RawRecord) 
 
 def check_example(example: Example) -> Example:
     """The example itself, or ``ValueError`` with the reason why it cannot be used."""
-    if not example.responses:
+    if not _typed(example.responses, "responses", list, tuple):
         raise ValueError("no responses")
     if len(example.responses) > 1 and all(response == example.responses[0] for response in example.responses):
         raise ValueError("equal responses")
@@ -222,9 +236,11 @@ def check_example(example: Example) -> Example:
             raise ValueError("the prompt is text and a response is messages")
     if example.scores is not None:
         _check_scores(example.scores, len(example.responses))
-    if _number(example.weight, "weight") <= 0:
+    if np.float32(_number(example.weight, "weight")) <= 0:
         raise ValueError("weight is not positive")
-    for name, value in example.columns.items():
+    for name, value in _typed(example.columns, "columns", dict).items():
+        if _typed(name, "the name of a column", str) in ARGUMENTS:
+            raise ValueError(f"a column is called {name}, which objectives get from elsewhere")
         _number(value, name)
     return example
 
@@ -244,12 +260,12 @@ def _check_response(response: Text) -> None:
 
 
 def _check_scores(scores: Sequence[float], k: int) -> None:
-    if len(scores) != k:
+    values = [_number(score, "scores") for score in _typed(scores, "scores", list, tuple)]
+    if len(values) != k:
         raise ValueError("scores and responses differ in number")
-    values = [_number(score, "scores") for score in scores]
     if values != sorted(values, reverse=True):
         raise ValueError("responses are not best first by their scores")
-    if k > 1 and values[0] == values[-1]:
+    if k > 1 and np.float32(values[0]) == np.float32(values[-1]):
         raise ValueError("all responses tie")
 
 
@@ -257,9 +273,9 @@ def _contents(text: Text, name: str) -> list[str]:
     """The text, or that of each message; ``ValueError`` where it is neither, or not Unicode."""
     text = _text_or_messages(text, name)
     contents = [text] if isinstance(text, str) else [message["content"] for message in text]
+    roles = [] if isinstance(text, str) else [message["role"] for message in text]
     try:
-        for content in contents:
-            content.encode()
+        "".join(roles + contents).encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
         raise ValueError(f"{name} is not valid Unicode") from None
     return contents
@@ -306,7 +322,15 @@ def _prompt_and_completion(record: RawRecord) -> tuple[Text, list[Text]]:
 
 def _text_or_messages(value: Any, name: str) -> Text:
     value = _typed(value, name, str, list)
-    return value if isinstance(value, str) else _messages(value, name)
+    return _text(value, name) if isinstance(value, str) else _messages(value, name)
+
+
+def _text(value: Any, name: str) -> str:
+    """Text that is what it seems: the spelling of a list of messages would be trained on as it is."""
+    text: str = _typed(value, name, str)
+    if _MESSAGES_AS_TEXT.match(text):
+        raise ValueError(f"{name} is a list of messages spelled as text: write JSON lines, or CSV whose cells are JSON")
+    return text
 
 
 def _messages(value: Any, name: str) -> list[Message]:
@@ -332,10 +356,9 @@ def _sharegpt_message(value: Any, name: str) -> Message:
 
 
 def _number(value: Any, name: str) -> float:
-    number = float(_typed(value, name, int, float))
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is not finite")
-    return number
+    if not -LARGEST <= _typed(value, name, int, float) <= LARGEST:
+        raise ValueError(f"{name} is not finite in float32")
+    return float(value)
 
 
 def _typed(value: Any, name: str, *kinds: type) -> Any:

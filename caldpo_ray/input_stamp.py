@@ -48,6 +48,6 @@ def _module_file(name: str) -> Path | None:
     module, colon, _ = name.partition(":")
     try:
         found = importlib.util.find_spec(module) if colon else None
-    except ImportError:
+    except (Exception, SystemExit):  # its packages are imported, and may do anything
         return None
     return Path(found.origin) if found is not None and found.origin else None

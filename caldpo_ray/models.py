@@ -102,6 +102,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def pinned_revision(name_or_path: str, revision: str | None) -> str | None:
+    """The commit of a hub model, None for a folder; no file is read. Raises InputError or NotReady where there is neither."""
+    return None if open_path(name_or_path).is_dir() else _hub_commit(name_or_path, revision)
+
+
 def _hub_commit(name: str, revision: str | None) -> str | None:
     """The commit a hub id stands for now, or, without network, the one downloaded earlier."""
     from huggingface_hub import model_info

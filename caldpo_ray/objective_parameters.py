@@ -7,13 +7,13 @@ of beta is 1/nats and its useful scale differs by orders of magnitude between ob
 """
 
 import difflib
-import importlib.util
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.errors import InputError
+from caldpo_ray.options import Options
 
 Beta = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -21,8 +21,7 @@ LabelSmoothing = Annotated[float, Field(ge=0, lt=0.5)]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
-class _Parameters(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+class _Parameters(Options):
     reads_first_only: ClassVar[bool] = False
     """Responses after the first are not read, and so need no forward pass."""
 
@@ -292,25 +291,6 @@ def parse_objective(given: Mapping[str, Any] | ObjectiveParameters) -> Objective
     return parameters
 
 
-def require_findable(name: str) -> None:
-    """Raises NotReady when `name` is `package.module:function` and there is no such module.
-
-    The module itself is not loaded (its packages are), so that a driver needs no torch: whether it has the function shows
-    where the loss is computed.
-    """
-    module, colon, _ = name.partition(":")
-    if not colon:
-        return
-    try:
-        reason = None if importlib.util.find_spec(module) else "no such module"
-    except (ImportError, SyntaxError, ValueError) as error:  # of its packages; ValueError: __main__ run as a script
-        reason = str(error)
-    if reason:
-        raise NotReady(
-            f"{name}: cannot import {module} ({reason}); install it on every node or add its folder to PYTHONPATH"
-        )
-
-
 def _canonical_keys(schema: type[_Parameters], name: str, values: dict[str, Any]) -> dict[str, Any]:
     renamed: dict[str, Any] = {}
     for key, value in values.items():
@@ -329,20 +309,23 @@ def _validate(schema: type[Schema], name: str, values: dict[str, Any]) -> Schema
         return schema.model_validate({"name": name, **values})
     except ValidationError as error:
         own = [field for field in schema.model_fields if field != "name"]
-        mistakes = "; ".join(_explain(item, own) for item in error.errors())
+        mistakes = "; ".join(_explain(item, name, own) for item in error.errors())
         takes = f"its parameters are {', '.join(own)}" if own else "it has no parameters"
         raise InputError(f"{name}: {mistakes} ({takes})") from None
 
 
-def _explain(item: Any, own: list[str]) -> str:
+def _explain(item: Any, name: str, own: list[str]) -> str:
     key, value = str(item["loc"][0]), item["input"]
     if item["type"] == "missing":
         return f"{key} is required and not given"
     if item["type"] == "extra_forbidden":
         target = PARAMETER_ALIASES.get(key, key)
-        others = [name for name, schema in SCHEMAS.items() if target in schema.model_fields]
+        others = [other for other, schema in SCHEMAS.items() if target in schema.model_fields]
         if others:
-            return f"{key} = {value!r}: not a parameter of this objective, only of {', '.join(others)}"
+            return (
+                f"{key} = {value!r}: not a parameter of this objective, only of {', '.join(others)}; remove it, or replace"
+                f" all that a file says of its objective by objective='{{name: {name}}}'"
+            )
         near = difflib.get_close_matches(key, own, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         return f"{key} = {value!r}: unknown parameter{hint}"

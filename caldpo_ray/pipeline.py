@@ -6,9 +6,10 @@ Every stage knows its own input; only this module knows their order. `train` ret
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
-from caldpo_ray.objective_parameters import require_findable
-from caldpo_ray.placement import require_placeable
+from caldpo_ray.placement import OWN_CLUSTER, require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
     ReferenceJob,
@@ -41,6 +41,7 @@ from caldpo_ray.run_dir import (
 )
 from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_json, write_atomically
 from caldpo_ray.store import ReferenceStore, store_key
+from caldpo_ray.user_code import require_objective
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -138,7 +139,7 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
 def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
     """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
     require_installed(config.loggers, config.run_dir)
-    require_findable(config.objective.name)
+    require_objective(config.objective)
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
@@ -183,8 +184,11 @@ def connect(verbose: bool) -> None:
 
     if not ray.is_initialized():
         level = logging.INFO if verbose else logging.ERROR
+        start = partial(
+            ray.init, log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False
+        )
         try:
-            ray.init(log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False)
+            _join_or_start(start)
         except Exception as error:  # a node that is slow to start raises a plain Exception
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             raise NotReady(
@@ -193,6 +197,17 @@ def connect(verbose: bool) -> None:
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _join_or_start(start: Callable[..., Any]) -> None:
+    """A cluster of our own has a label that says so; Ray refuses labels for one that `ray start` made, and then joins it."""
+    if os.environ.get("RAY_ADDRESS"):
+        start()
+        return
+    try:
+        start(labels=OWN_CLUSTER)
+    except ValueError:
+        start()
 
 
 def _resolve(config: Config, name: str, revision: str | None, init: Path, cache: Path) -> ResolvedModel:

@@ -10,6 +10,8 @@ from caldpo_ray.data import TOKENISE_CPUS
 from caldpo_ray.errors import NotReady
 
 Resources = dict[str, float]
+# On the one node of a cluster that `connect` started for this process alone.
+OWN_CLUSTER = {"caldpo.io/cluster": "own"}
 POLL_SECONDS = 1.0
 
 
@@ -81,10 +83,15 @@ def live_nodes() -> list[Node]:
     return [Node(n["NodeManagerAddress"], n["Resources"], n.get("Labels", {})) for n in ray.nodes() if n["Alive"]]
 
 
+def may_grow(nodes: Sequence[Node]) -> bool:
+    """Whether waiting can help: nobody adds a node to a cluster that this process started for itself."""
+    return not any(OWN_CLUSTER.items() <= node.labels.items() for node in nodes)
+
+
 def require_placeable(
     config: Config, needs_reference: bool, *, needs_data: bool = True, needs_workers: bool = True
 ) -> bool:
-    """Wait, at most `train.placement_timeout_seconds`, until the cluster is large enough.
+    """Wait, at most `train.placement_timeout_seconds`, until the cluster is large enough; not at all where it cannot grow.
 
     `needs_data` is False once the rows are there, `needs_workers` where nothing is trained. Returns whether policy and
     reference fit side by side; if only one after the other does, the reference must fill the store first. Raises NotReady
@@ -103,7 +110,7 @@ def require_placeable(
             return True
         if in_turn is None and config.reference.store is not None:
             return False
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not may_grow(nodes):
             raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
         if not announced:
             print(
@@ -134,10 +141,12 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
             "reference.num_actors, .num_gpus_per_actor, .num_cpus_per_actor, .label_selector or .store",
         ),
     }[bundle.role]
+    join = "" if may_grow(nodes) else ", or set RAY_ADDRESS to a larger cluster"
     return (
-        f"resources: a {bundle.role}{wanted} needs {needs}{label}{beside} and fits on no node ({listed}); change {keys}"
+        f"resources: a {bundle.role}{wanted} needs {needs}{label}{beside} and fits on no node ({listed}); change"
+        f" {keys}{join}"
     )
 
 
 def _own_labels(labels: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in labels.items() if not key.startswith("ray.io/")}
+    return {key: value for key, value in labels.items() if not key.startswith("ray.io/") and key not in OWN_CLUSTER}

@@ -23,11 +23,24 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
+def describe_bytes(number: float) -> str:
+    """In the unit that makes it readable, as 3.2 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1000:
+            return f"{number:.1f} {unit}" if unit != "B" else f"{number:.0f} B"
+        number /= 1024
+    return f"{number:.1f} GiB"
+
+
 def quiet_data_context() -> Any:
-    """Ray Data's current context, as silent as the rest of Ray was asked to be; importing it sets its log level anew."""
+    """Ray Data's current context, as silent as the rest of Ray was asked to be; importing it sets its log level anew.
+
+    What it logs as an error, with a traceback of its own inside, it raises as well.
+    """
     import ray.data
 
-    logging.getLogger("ray.data").setLevel(logging.getLogger("ray").level)
+    level = logging.getLogger("ray").level
+    logging.getLogger("ray.data").setLevel(level if level < logging.ERROR else logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -24,6 +24,7 @@ Reason = str  # why a record cannot be used
 Records = Iterator[tuple[int, RawRecord | Reason]]
 
 MAX_RECORD = 64 * 2**20  # bytes of a line, characters of a JSON list element or a CSV field
+MAX_DEPTH = 100  # of lists and objects in each other: what is decoded must also survive pickling
 _CHUNK = 2**16
 _BOM = b"\xef\xbb\xbf"
 
@@ -76,12 +77,20 @@ def _object(value: object, text: str) -> RawRecord | Reason:
     """``value``, decoded from ``text``, if it is an object whose strings are valid Unicode."""
     if not isinstance(value, dict):
         return f"not a JSON object but {_JSON_NAMES[type(value)]}"
+    if text.count("[") + text.count("{") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
+        return f"nested more than {MAX_DEPTH} deep"
     if "\\u" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             return f"escape \\u{ord(error.object[error.start]):04x} is half a surrogate pair, which no text can hold"
     return value
+
+
+def _deeper(value: object, depth: int) -> bool:
+    """Whether containers lie within more than `depth` others."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(depth == 0 or _deeper(each, depth - 1) for each in inner if isinstance(each, dict | list))
 
 
 _JSON_NAMES: dict[type, str] = {
@@ -172,7 +181,9 @@ def _element(buffer: str, at: int) -> tuple[Any, str, int]:
 
 
 def _csv(stream: io.BufferedReader, path: str) -> Records:
-    """Records under the names of the header; every value is a string."""
+    """Records under the names of the header. Every value is text, but for chat messages: a JSON list of objects with
+    role and content, or from and value.
+    """
     csv.field_size_limit(MAX_RECORD)
     line = 0  # the reader's own count misses a line that is too long
 
@@ -205,7 +216,21 @@ def _csv(stream: io.BufferedReader, path: str) -> Records:
         elif len(fields) != len(header):
             yield first, f"{len(fields)} fields where the header has {len(header)}"
         else:
-            yield first, reason or dict(zip(header, fields, strict=True))
+            yield first, reason or dict(zip(header, map(_messages_or_text, fields), strict=True))
+
+
+def _messages_or_text(cell: str) -> Any:
+    if not cell.lstrip().startswith("["):
+        return cell
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    messages = [each for each in value if isinstance(each, dict) and any(names <= each.keys() for names in _MESSAGES)]
+    return value if value and len(messages) == len(value) else cell
+
+
+_MESSAGES = ({"role", "content"}, {"from", "value"})
 
 
 def _header(names: list[str], reason: Reason | None, path: str) -> list[str]:
@@ -221,6 +246,10 @@ _TEXT_READERS: dict[Kind, Callable[[io.BufferedReader, str], Records]] = {"jsonl
 
 def _parquet(file: io.RawIOBase, path: str) -> Records:
     table = pq.ParquetFile(file)
+    names = table.schema_arrow.names
+    if len(set(names)) < len(names):
+        twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
+        raise InputError(f"{path}: columns occur twice: {twice}; write the file with one column of each name")
     numbers = itertools.count(1)
     for group in range(table.num_row_groups):
         for batch in table.iter_batches(_PARQUET_BATCH, row_groups=[group]):
@@ -235,7 +264,8 @@ def _parquet_records(batch: pa.RecordBatch) -> list[RawRecord | Reason]:
     try:
         records: list[RawRecord | Reason] = batch.to_pylist()
         return records
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError) as error:  # text that is none, a time beyond the years that Python has
         if len(batch) == 1:
-            return ["not UTF-8 in a text column"]
+            told = "not UTF-8 in a text column" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
+            return [told]
         return [record for i in range(len(batch)) for record in _parquet_records(batch.slice(i, 1))]

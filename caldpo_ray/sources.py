@@ -75,7 +75,7 @@ def list_sources(spec: str) -> list[SourceFile]:
     """
     filesystem, files = _find_hub(spec) if spec.startswith("hub:") else _find(spec)
     if not files:
-        raise InputError(f"{spec}: no data file there; {_KNOWN}; check the path or the pattern")
+        raise InputError(f"{spec}: no data file there; {_KNOWN}; check the folder or the pattern")
     return sorted((_source(filesystem, info) for info in files), key=lambda source: source.path)
 
 
@@ -91,6 +91,8 @@ def _find_local(path: str) -> list[Info]:
         names = [name for name in _walk(path) if _is_data(name, path)]
     elif os.path.lexists(path):
         names = [path]
+    elif not glob.has_magic(path):
+        raise InputError(f"{path}: does not exist; check the path, which every node needs")
     else:
         names = [name for name in glob.glob(path, recursive=True) if not os.path.isdir(name)]
     files = []
@@ -167,6 +169,8 @@ def _format(path: str) -> tuple[Kind, Compression | None] | None:
 
 def _source(filesystem: Any, info: Info) -> SourceFile:
     path: str = info["name"] if _is_local(filesystem) else filesystem.unstrip_protocol(info["name"])
+    if re.search("[\ud800-\udfff]", path):  # what Python makes of bytes that are not UTF-8
+        raise InputError(f"{path!a}: a name that is not UTF-8; rename it")
     form = _format(urlsplit(path).path if path.startswith("http") else path)
     if form is None:
         raise InputError(f"{path}: unknown extension; {_KNOWN}; rename or convert the file, or narrow the pattern")
@@ -206,6 +210,10 @@ def _lookup(spec: str) -> Iterator[None]:
         raise InputError(f"{spec}: access refused ({_line(error)}); give read permission or credentials") from error
     except (InputError, RunError):
         raise
+    except (NotImplementedError, ValueError) as error:
+        if isinstance(error, OSError | json.JSONDecodeError):  # certificates; a proxy's page in place of an answer
+            raise _no_access(spec, error) from error
+        raise InputError(f"{spec}: not a valid address ({_line(error)}); correct it") from error
     except Exception as error:  # every store has its own classes for a server that cannot be reached
         raise _no_access(spec, error) from error
 

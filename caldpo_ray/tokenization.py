@@ -5,11 +5,12 @@ is asked that prompt. Plain text and chat meet in one rule, because a chat templ
 answer is tokenised alone, and a response is what the tokenizer adds when the response's text follows.
 """
 
+import json
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Truncation = Literal["keep_end", "keep_start", "error"]
 
+NO_ROOM = "the longest response leaves no room for the prompt within data.max_length"
 ANSWER = "(the answer)"  # stands for an answer where a template is asked what it writes around one
 
 
@@ -56,6 +58,9 @@ def tokenise(
     template that cannot be used: catch the latter first, it is a ``ValueError`` too.
     """
     texts = _texts(example, tokenizer, chat_template)
+    longest = max(map(len, texts.responses))
+    if longest > max_length and longest > max_length * (characters_per_token(tokenizer) or longest):
+        raise ValueError(NO_ROOM)  # megabytes would take a minute to say the same
     prompt_ids, num_leading = _prompt_ids(tokenizer, texts)
     response_ids = _response_ids(tokenizer, texts, prompt_ids[num_leading:])
     room = max_length - max(len(ids) for ids in response_ids)
@@ -90,6 +95,50 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", needs_chat_template: b
             f"tokenizer {name}: the data hold chat messages and it has no chat template: "
             "set data.chat_template to a Jinja template, or use a tokenizer that has one"
         )
+
+
+@lru_cache(maxsize=2)
+def characters_per_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The most characters of a text that one token can stand for; None where no number is known to bound them.
+
+    Known for BPE over bytes, or with bytes for what has no token, whose other parts drop nothing: every character is then
+    part of one token. Unknown words, skipped spaces and special tokens that swallow the spaces beside them have no bound.
+    """
+    if not tokenizer.is_fast:
+        return None
+    from tokenizers.pre_tokenizers import ByteLevel  # whoever has a fast tokenizer has loaded it
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = spec["model"].get("vocab", {})
+    normalizers, pre_tokenizers = _steps(spec["normalizer"]), _steps(spec["pre_tokenizer"])
+    if any(step["type"] == "ByteLevel" for step in pre_tokenizers):
+        whole = all(letter in vocabulary for letter in ByteLevel.alphabet())
+    else:
+        whole = spec["model"].get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    lossless = (
+        spec["model"]["type"] == "BPE"
+        and whole
+        and all(step["type"] in ("NFC", "Prepend") or _replaces_one(step) for step in normalizers)
+        and all(step["type"] in _KEEPING or step.get("behavior", "Removed") != "Removed" for step in pre_tokenizers)
+        and not any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"])
+    )
+    composed = 4 if any(step["type"] == "NFC" for step in normalizers) else 1  # four characters at most become one
+    return composed * max(map(len, tokenizer.get_vocab())) if lossless else None
+
+
+_KEEPING = ("ByteLevel", "Metaspace", "Digits")  # pre-tokenizers that drop nothing
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a sequence of normalizers or pre-tokenizers, or the only one."""
+    if part is None:
+        return []
+    parts = part.get("normalizers") or part.get("pretokenizers") if part["type"] == "Sequence" else None
+    return [part] if parts is None else [step for each in parts for step in _steps(each)]
+
+
+def _replaces_one(step: dict[str, Any]) -> bool:
+    return step["type"] == "Replace" and len(step["pattern"].get("String", "")) == 1 and len(step["content"]) > 0
 
 
 def row_id(source: str, index: int) -> str:
@@ -251,7 +300,7 @@ def _truncate(prompt_ids: list[int], room: int, truncation: Truncation, num_firs
     if length <= room:
         return prompt_ids
     if room <= num_first + num_last:
-        raise ValueError("the longest response leaves no room for the prompt within data.max_length")
+        raise ValueError(NO_ROOM)
     if truncation == "error":
         raise ValueError("the prompt is too long")
     if truncation == "keep_end":

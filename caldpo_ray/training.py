@@ -400,7 +400,8 @@ class PolicyWorker:
             dist.all_gather_object(names, rows)
             listed = ", ".join(name for part in names for name in part)
             raise RunError(
-                f"step {step + 1}: the loss is not finite; the step was not applied. Rows of its batch: {listed}"
+                f"step {step + 1}: the loss is not finite; the step was not applied. Rows of its batch: {listed};"
+                " `caldpo preview CONFIG --row ID` shows file, line and tokens of one"
             )
 
     def _gradient_norm_of_stage_0(self) -> float | None:

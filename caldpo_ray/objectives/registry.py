@@ -11,8 +11,9 @@ from torch import Tensor
 
 from caldpo_ray.objective_parameters import CustomObjective, parse_objective
 from caldpo_ray.objectives import pairwise, single
-from caldpo_ray.objectives.custom import call_function, load_function
+from caldpo_ray.objectives.custom import call_function
 from caldpo_ray.objectives.pairs import all_pairs, first_responses
+from caldpo_ray.user_code import load_objective
 
 # (policy_logps, reference_logps, lengths, columns) → terms [rows]
 RowTerms = Callable[[Tensor, Tensor | None, Tensor, Mapping[str, Tensor | None]], dict[str, Tensor]]
@@ -93,7 +94,7 @@ def get_objective(name: str, **parameters: Any) -> Objective:
     schema = parse_objective({"name": name, **parameters})
     if isinstance(schema, CustomObjective):
         resolved = dict(schema.model_extra or {})
-        row_terms: RowTerms = partial(call_function, load_function(name, resolved), name, resolved)
+        row_terms: RowTerms = partial(call_function, load_objective(name, resolved), name, resolved)
     else:
         resolved = schema.model_dump(exclude={"name"})
         row_terms = partial(_row_terms, FUNCTIONS[schema.name], resolved)

@@ -9,10 +9,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
 import caldpo_ray
+from caldpo_ray.storage import local_copy, open_path
 from tests.conftest import wait_until
 
 TIMES = ("pairs_per_second", "tokens_per_second", "wait/reference_seconds", "wait/feed_seconds", "mfu")
@@ -41,10 +43,10 @@ class Run:
     path: Path
 
     def lines(self) -> list[dict[str, Any]]:
-        file = self.path / "metrics.jsonl"
-        return (
-            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-        )
+        """Of the metrics so far; the last line may be half written."""
+        whole = self.path / "metrics.jsonl"
+        files = [whole] if whole.exists() else sorted((self.path / "metrics").glob("part-*"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("}")]
 
     def trajectory(self) -> list[dict[str, Any]]:
         """Metrics without what the clock decides."""
@@ -55,8 +57,17 @@ class Run:
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, self.lines(), strict=False))
         return max((line["step"] for line, _ in same), default=0)
 
-    def weights(self) -> dict[str, Any]:
-        return dict(load_file(self.path / "model" / "model.safetensors"))
+    def weights(self, name: str = "model") -> dict[str, Any]:
+        return dict(load_file(local_copy(self.path / name) / "model.safetensors"))
+
+
+def assert_same(run: Run, other: Run, folder: str = "model") -> None:
+    """To the last bit: metrics, and weights in `folder`."""
+    assert run.trajectory() == other.trajectory()
+    ours, theirs = run.weights(folder), other.weights(folder)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        np.testing.assert_array_equal(weight, theirs[name], err_msg=name)
 
 
 @dataclass
@@ -84,7 +95,7 @@ def start(config: Path, name: str, *overrides: str) -> LiveRun:
     command = [sys.executable, "-m", "caldpo_ray", "train", str(config), f"run.name={name}", *overrides]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output_dir = yaml.safe_load(config.read_text())["run"]["output_dir"]
-    return LiveRun(Path(output_dir) / name, process)
+    return LiveRun(open_path(output_dir) / name, process)
 
 
 def train(config: Path, name: str, *overrides: str) -> Run:

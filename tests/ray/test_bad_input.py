@@ -37,10 +37,11 @@ def lines(*records: Any) -> bytes:
 
 
 DATA: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, "no data file there"),
+    "missing": (None, "does not exist"),
     "empty": (b"", "holds no rows"),
     "wrong columns": (lines({"question": "a", "answer": "b"}), "fit no known format"),
     "non-string response": (lines({**GOOD, "chosen": 7}), "1 of 1 rows cannot be used"),
+    "a number of 400 digits": (lines({**GOOD, "chosen_score": 10**400}), "not finite in float32"),
     "equal responses": (lines({**GOOD, "rejected": GOOD["chosen"]}), "equal responses"),
     "empty response": (lines({**GOOD, "rejected": " "}), "empty"),
     "invalid UTF-8": (b'{"prompt": "\xff\xfe"}\n', "UTF-8"),
@@ -112,6 +113,14 @@ OPTIONS = {
     "unknown objective": (["objective.name=dpoo"], "dpoo"),
     "beta": (["objective.beta=0"], "beta"),
     "unknown parameter": (["objective.margin=1"], "margin"),
+    "no such function": (
+        ["objective.name=tests.ray.objectives:absent"],
+        "tests.ray.objectives has no function 'absent'",
+    ),
+    "signature": (
+        ["objective.name=tests.ray.objectives:explodes", "objective.to=1"],
+        "unexpected keyword argument 'to'",
+    ),
     "batch": (["train.batch_size=1", "train.num_workers=2"], "every worker needs a row"),
     "too many GPUs": (
         ["train.use_gpu=true", "train.num_workers=4", "train.batch_size=4", SHORT],
@@ -134,9 +143,9 @@ def test_a_retry_with_nothing_changed_is_refused_until_a_file_changes(
 ) -> None:
     file = tmp_path / "data.jsonl"
     command = ["run.name=retry", f"data.train={file}"]
-    assert "no data file there" in run(config, capsys, *command)
+    assert "does not exist" in run(config, capsys, *command)
     again = run(config, capsys, *command)
-    assert "no data file there" in again and "neither the config nor a file it names has changed" in again
+    assert "does not exist" in again and "neither the config nor a file it names has changed" in again
     file.write_bytes(b"")
     assert "holds no rows" in run(config, capsys, *command)
 

@@ -1,59 +1,75 @@
-"""A whole run on rows that live elsewhere: training rows in an S3 bucket, held-out rows in a dataset hub."""
+"""A whole run that keeps nothing on this machine's disk: rows from S3, held-out rows from a dataset hub, all results to S3."""
 
 import gzip
 import json
-import os
-import re
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.ray.runs import write_config
-from tests.unit.test_sources_remote import CARD, REPOS, Hub, s3, serve
+from caldpo_ray.evaluation import evaluate
+from caldpo_ray.export import export
+from caldpo_ray.run_dir import RunDir
+from caldpo_ray.store import list_references, remove_reference
+from tests.ray.runs import Run, assert_same, kill, start
+from tests.unit.test_sources_remote import CARD, REPOS
 
 pytestmark = pytest.mark.ray
-__all__ = ["s3"]  # the fixture
+URL = "s3://data/runs"
 
 
-def path_without_compilers(folder: Path) -> str:
-    """DeepSpeed would like to build an operation; a machine without a C++ compiler must train all the same."""
-    tools = folder / "bin"
-    tools.mkdir()
-    compilers = re.compile(r"(.*-)?(cc|gcc|g\+\+|c\+\+|clang|ninja|c89|c99|cpp)(-.*)?$")
-    for place in os.environ["PATH"].split(os.pathsep):
-        for tool in Path(place).glob("*"):
-            if not compilers.match(tool.name) and not (tools / tool.name).exists():
-                (tools / tool.name).symlink_to(tool)
-    return str(tools)
-
-
-def test_s3_and_hub_on_a_machine_without_a_compiler(
-    world: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def config(
+    baseline_config: Path, world: Path, s3: Any, hub: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The baseline's rows and options, elsewhere; policy and reference do not fit into two CPUs at once."""
     lines = (world / "train.jsonl").read_bytes().splitlines(keepends=True)
-    s3.pipe_file("data/world/a.jsonl.gz", gzip.compress(b"".join(lines[:40])))
-    s3.pipe_file("data/world/deep/b.jsonl", b"".join(lines[40:64]))
-    held_out = gzip.compress(b"".join((world / "eval.jsonl").read_bytes().splitlines(keepends=True)[:20]))
+    s3.pipe_file("data/world/a.jsonl.gz", gzip.compress(b"".join(lines[:300])))
+    s3.pipe_file("data/world/deep/b.jsonl", b"".join(lines[300:]))
+    held_out = gzip.compress((world / "eval.jsonl").read_bytes())
     monkeypatch.setitem(REPOS, "org/world", {"README.md": CARD, "prefs/held_out.jsonl.gz": held_out})
-    data = {"train": "s3://data/world", "eval": "hub:org/world:train_prefs"}
-    # Policy workers and a reference actor of this size do not fit together into two CPUs: one comes after the other.
-    reference, train = {"num_cpus_per_actor": 1.5}, {"save_every": 1, "max_steps": 1}
-    config = write_config(tmp_path, world, data=data, reference=reference, train=train)
-    with serve(Hub) as endpoint:
-        # A cluster of its own: the readers in its workers find both servers through their environment.
-        environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "CC", "CXX")}
-        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hub")}
-        environment |= {"PATH": path_without_compilers(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-        command = [sys.executable, "-m", "caldpo_ray", "train", str(config), "run.name=remote"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = tmp_path / "runs" / "remote"
-    facts = json.loads((run / "manifest.json").read_text())
-    assert (facts["train_rows"], facts["eval_rows"]) == (64, 20)
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["rows"] for line in steps if line["split"] == "train"] == [32]
-    assert "the reference fills its store first" in done.stdout
-    assert (run / "model" / "model.safetensors").is_file()
+    for name, value in hub.items():
+        monkeypatch.setenv(name, value)
+    values = yaml.safe_load(baseline_config.read_text())
+    values["run"]["output_dir"] = URL
+    values["data"] = {"train": "s3://data/world", "eval": "hub:org/world:train_prefs"}
+    values["reference"] = {"num_cpus_per_actor": 1.5}
+    values["train"] |= {"num_cpus_per_worker": 1, "save_every": 6}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def test_a_run_in_a_bucket_killed_and_resumed(
+    config: Path, baseline: RunDir, world: Path, s3: Any, tmp_path: Path
+) -> None:
+    killed = start(config, "run")
+    killed.wait_for_step(14)
+    kill(killed.process.pid)
+    assert killed.process.wait() == -signal.SIGKILL
+    before = killed.lines()
+    assert before[-1]["step"] < 26 and not s3.exists("data/runs/run/model")
+    run = start(config, "run")
+    said = run.finish()
+    assert "the reference fills its store first" in said
+    assert 12 <= run.last_step_kept(before) < 26, "resumed from a checkpoint, of which there was one every 6 steps"
+    for folder in ("model", "best"):
+        assert_same(run, Run(baseline.path), folder)
+    facts = json.loads((run.path / "manifest.json").read_text())
+    assert (facts["train_rows"], facts["eval_rows"]) == (400, 80)
+    assert len(s3.glob("data/runs/run/checkpoints/step-*")) == 2
+    assert s3.exists("data/runs/run/metrics.jsonl") and not s3.exists("data/runs/run/metrics")
+
+    found = evaluate(f"{URL}/run", data=str(world / "eval.jsonl"), scores=f"{URL}/run/scores.jsonl", num_samples=20)
+    assert found["loss"] == pytest.approx(run.lines()[-1]["loss"], rel=1e-4)
+    assert json.loads((run.path / "eval.json").read_text()) == found
+    assert len((run.path / "scores.jsonl").read_text().splitlines()) == 160
+    exported = export(f"{URL}/run", tmp_path / "model")
+    assert (exported / "caldpo.json").is_file() and not (exported / "_SUCCESS").exists()
+    (reference,) = list_references(f"{URL}/.cache/reference")
+    remove_reference(f"{URL}/.cache/reference", reference["key"])
+    assert not list_references(f"{URL}/.cache/reference")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "model"}, "nothing else was left on the disk"

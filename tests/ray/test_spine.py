@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.ray.runs import Run, kill, pids, start, train, write_config
+from tests.ray.runs import Run, assert_same, kill, pids, start, train, write_config
 
 pytestmark = pytest.mark.ray
 
@@ -25,14 +24,6 @@ def config(tmp_path_factory: pytest.TempPathFactory, world: Path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(config: Path, cluster: str) -> Run:
     return train(config, "undisturbed", "reference.store=null")
-
-
-def assert_same(run: Run, other: Run) -> None:
-    assert run.trajectory() == other.trajectory()
-    ours, theirs = run.weights(), other.weights()
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
-        np.testing.assert_array_equal(weight, theirs[name], err_msg=name)
 
 
 def test_a_killed_policy_worker_changes_nothing(config: Path, undisturbed: Run) -> None:

@@ -33,7 +33,7 @@ def test_preview_shows_what_is_scored(config: Path, world: Path, capsys: pytest.
 
 def test_plan_looks_and_starts_nothing(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "plan", str(config))
-    assert "side by side" in text and "M parameters" in text and "GiB" in text
+    assert "side by side" in text and "M parameters" in text and "MiB" in text
     assert not (config.parent / "runs").exists()
     text = run(capsys, "plan", str(config), "train.num_workers=9", "train.placement_timeout_seconds=1", code=2)
     assert "policy worker (9 wanted)" in text

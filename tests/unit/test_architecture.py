@@ -17,7 +17,7 @@ NAMES = {
 }
 
 LAYERS = [
-    {"errors", "schema", "imports", "objective_parameters", "config"},
+    {"errors", "schema", "imports", "yaml_text", "options", "dotted", "objective_parameters", "config"},
     {
         "objectives",
         "logprobs",
@@ -28,6 +28,7 @@ LAYERS = [
         "deepspeed_config",
         "flops",
         "preview",
+        "user_code",
         "world",
     },
     {

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 import caldpo_ray
-from caldpo_ray.config import ALIASES, NOT_ALIASES, Config, Section, known_keys, load_config, save_config
+from caldpo_ray.config import Config, Section, known_keys, load_config, save_config
 from caldpo_ray.errors import InputError
+from caldpo_ray.options import ALIASES, NOT_ALIASES
 
 BASE = """
 model: {name_or_path: m}
@@ -51,7 +52,7 @@ def test_a_saved_config_is_the_same_run(path: Path, tmp_path: Path) -> None:
 
 def test_all_mistakes_at_once_with_key_value_rule_and_nearest_key(path: Path) -> None:
     text = complaint(path, "train.epochs=0", "train.lerning_rate=1", "data.eval=2.0", "objective.beta=-1", "nonsense")
-    assert "train.epochs = 0: Input should be greater than 0" in text
+    assert "train.epochs = 0: must be greater than 0" in text
     assert "train.lerning_rate = 1: unknown key; did you mean train.learning_rate?" in text
     assert "data.eval" in text
     assert "beta" in text and "-1" in text
@@ -81,7 +82,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_fewer_rows_than_workers_and_bf16_at_stage_0_are_refused(path: Path) -> None:
     assert "every worker needs a row" in complaint(path, "train.batch_size=2", "train.num_workers=4")
-    assert "at least 1 character" in complaint(path, "data.train=''")
+    assert "data.train = '': must have at least 1 character" in complaint(path, "data.train=''")
     assert "hidden Adam step" in complaint(path, "model.dtype=bfloat16", "train.deepspeed.zero_stage=0")
 
 
@@ -289,3 +290,139 @@ def test_overrides_are_yaml(path: Path) -> None:
     assert config.data.label_selector == {"a": "b"}
     assert config.data.shuffle is False
     assert yaml.safe_load(save_config(config))["reference"]["num_actors"] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.output_dir=''", "run.output_dir = '': must have at least 1 character"),
+        ("reference.store=''", "reference.store = '': must have at least 1 character"),
+        *(
+            (f"run.name={name}", "begin with none of . and -")
+            for name in ("..", ".", ".cache", "a/b", "-x", "'a\n'", 201 * "a")
+        ),
+        ("run.name=7", "run.name = 7: must be text; put it in quotes"),
+        ("run.name=1e5", "must be text; put it in quotes, on a command line in both kinds: run.name='\"...\"'"),
+        ("run.output_dir=", "run.output_dir = None: must have a value"),
+        ("train.learning_rate=.inf", "train.learning_rate = inf: must be a finite number"),
+        ("train.max_grad_norm=.nan", "train.max_grad_norm = nan: must be a finite number"),
+        ("train.weight_decay=.inf", "train.weight_decay = inf: must be a finite number"),
+        ("data.eval=.nan", "data.eval = nan: must be a source of rows like data.train, a fraction of it"),
+        ("data.eval=1", "data.eval = 1: must be a source of rows like data.train, a fraction of it"),
+        ("data.eval=true", "data.eval = True: must not be true or false"),
+        ("train.batch_size=true", "train.batch_size = True: must not be true or false"),
+        ("objective.beta=true", "beta = True: must not be true or false"),
+        ("reference.num_actors=[true, 2]", "reference.num_actors = [True, 2]: must not be true or false"),
+        ("reference.num_actors=[1]", "[1]: must be a whole number above 0, or [lowest, highest], two of them"),
+        ("reference.num_actors=[1, x]", "must be a whole number above 0, or [lowest, highest], two of them"),
+        ("train.deepspeed.config=[1]", "must be a mapping or the path of a JSON file"),
+        ("train.batch_size=1:30", "train.batch_size = '1:30': must be a valid integer"),
+        ("train.batch_size=99999999999999999999", "must be less than 2147483648"),
+        (f"train.batch_size={'9' * 5000}", "exceeded maximum size"),
+        ("loggers=[wandb, wandb]", "names a logger twice"),
+        ("reference=[]", "reference = []: must be a section with options, found list"),
+        ("train=5", "train = 5: must be a section with options, found int"),
+        ("data.train=[a", "'data.train=[a': not valid YAML"),
+        ("data.label_selector={a: 1, a: 2}", "a is given twice"),
+        ("objective.name=:", "name = ':': must be package.module:function"),
+        ("objective.name=sft", "objective='{name: sft}'"),
+    ],
+)
+def test_one_mistake_is_one_line_that_says_the_rule(path: Path, override: str, expected: str) -> None:
+    text = complaint(path, override)
+    assert expected in text and text.count("\n") == 1 and "1 mistake\n" in text
+    assert "Traceback" not in text and "constrained" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("beta", "objective.beta"),
+        ("lr", "train.learning_rate"),
+        ("train.lr", "train.learning_rate"),
+        ("TRAIN.BATCH_SIZE", "train.batch_size"),
+        ("trian.epochs", "train.epochs"),
+        ("reference.name", "reference.name_or_path"),
+        ("num_train_epochs", "train.epochs"),
+        ("output_dir", "run.output_dir"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one_of_any_section(path: Path, given: str, meant: str) -> None:
+    assert f"{given} = 3: unknown key; did you mean {meant}?" in complaint(path, f"{given}=3")
+
+
+def test_an_unknown_key_like_none_names_what_there_is(path: Path) -> None:
+    assert "known: run, model, data, reference, objective, train, loggers" in complaint(path, "nonsense=1")
+    assert "known: train.batch_size, train.best_metric" in complaint(path, "train.nonsense=1")
+    assert "counts rows per device" in complaint(path, "per_device_train_batch_size=3")
+
+
+def test_an_objective_given_whole_replaces_that_of_the_file(path: Path) -> None:
+    assert load_config(path, ["objective={name: sft}"]).objective.model_dump() == {"name": "sft"}
+
+
+def test_empty_sections_have_every_default(path: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty" / "my-run.yaml"
+    empty.parent.mkdir()
+    empty.write_text(f"{BASE}\nrun:\nreference:\ntrain: {{deepspeed: }}")
+    assert load_config(empty) == load_config(path)
+    empty.write_text(f"{BASE}\ntrain:")
+    assert load_config(empty) == load_config(path)
+    empty.write_text("model:\ndata:\nobjective:")
+    text = complaint(empty)
+    assert "model.name_or_path: required" in text and "data.train: required" in text and "no objective is named" in text
+
+
+def test_the_home_folder_is_meant_wherever_a_path_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    keys = ("run.output_dir", "model.name_or_path", "reference.name_or_path", "data.train", "data.eval")
+    config = load_config(path, [f"{key}=~/x" for key in (*keys, "train.deepspeed.config")])
+    values = {key: value for key, value, _ in config.items()}
+    assert {values[key] for key in (*keys, "train.deepspeed.config")} == {"/home/ada/x"}
+    assert config.reference.store == "/home/ada/x/.cache/reference"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data.train=*.jsonl", "*.jsonl"),
+        ("data.train=@rows", "@rows"),
+        ("data.train={{ rows }}", "{{ rows }}"),
+        ("data.train=2026-02-30", "2026-02-30"),
+        ("data.train='12e34'", "12e34"),
+        ("data.train=no", "no"),
+        ("data.train=1:30", "1:30"),
+    ],
+)
+def test_text_needs_no_quotes_of_its_own_where_it_can_mean_nothing_else(path: Path, text: str, expected: str) -> None:
+    config = load_config(path, [text])
+    assert config.data.train == expected
+    path.write_text(save_config(config))
+    assert load_config(path) == config
+
+
+def test_numbers_are_those_of_yaml_1_2(path: Path) -> None:
+    overrides = ["train.learning_rate=5e-7", "train.max_steps=1e3", "train.batch_size=010", "train.use_gpu=yes"]
+    train = load_config(path, overrides).train
+    assert (train.learning_rate, train.max_steps, train.batch_size, train.use_gpu) == (5e-7, 1000, 10, True)
+    path.write_text(f"{BASE}\ntrain: {{learning_rate: 5e-7}}\nrun: {{name: '1e5'}}")
+    config = load_config(path)
+    assert (config.train.learning_rate, config.run.name) == (5e-7, "1e5")
+
+
+@pytest.mark.parametrize(
+    ("added", "expected"),
+    [
+        ("train: {num_train_epochs: 1, epochs: 2}", "train.epochs: given 2 times, once per spelling"),
+        ("train.epochs: 1\ntrain: {epochs: 2}", "train.epochs: given 2 times, once per spelling"),
+        ("train: {epochs: 1}\ntrain: {batch_size: 2}", "line 6: train is given twice, first in line 5; keep one"),
+    ],
+)
+def test_an_option_is_in_a_file_once(path: Path, added: str, expected: str) -> None:
+    path.write_text(f"{BASE}{added}")
+    assert expected in complaint(path)
+
+
+def test_what_is_no_section_is_not_mended_by_an_override(path: Path) -> None:
+    path.write_text(f"{BASE}train: 5")
+    assert "train = 5: must be a section with options" in complaint(path, "train.epochs=2")

@@ -58,6 +58,10 @@ def test_a_raw_config_is_merged(path: Path, tmp_path: Path) -> None:
         ({"optimizer": {"type": "AdamW"}}, r"train\.optimizer"),
         ({"bf16": {"enabled": True}}, r"model\.dtype"),
         ({"fp16": {"enabled": True}}, "bfloat16"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"train\.deepspeed\.offload_param"),
+        ({"zero_optimization": "nope"}, "zero_optimization = 'nope': must be a mapping"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param = 'cpu': must be a mapping"),
+        ({"bf16": True}, "bf16 = True: must be a mapping"),
     ],
 )
 def test_a_raw_config_that_contradicts_is_refused(path: Path, raw: object, owner: str) -> None:
@@ -65,6 +69,25 @@ def test_a_raw_config_that_contradicts_is_refused(path: Path, raw: object, owner
         deepspeed_config(with_raw(path, raw), world_size=1)
     with pytest.raises(InputError, match=owner):
         list(plan(with_raw(path, raw)))
+
+
+def test_a_raw_config_may_say_the_same_or_nothing(path: Path) -> None:
+    """As configs written for other trainers do."""
+    offload = {"train.deepspeed.offload_optimizer": True, "train.deepspeed.zero_stage": 2}
+    config = load_config(path, offload)
+    raw = {
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": "auto"},
+        "optimizer": None,
+        "scheduler": "auto",
+        "gradient_clipping": 1,
+        "zero_optimization": {"stage": 2, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "cpu"}},
+    }
+    expected = deepspeed_config(config, 1)
+    assert deepspeed_config(load_config(path, {**offload, "train.deepspeed.config": raw}), 1) == expected
+    raw = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
+    expected["zero_optimization"]["offload_optimizer"]["pin_memory"] = True
+    assert deepspeed_config(load_config(path, {**offload, "train.deepspeed.config": raw}), 1) == expected
 
 
 def test_a_driver_can_ask_for_it_without_torch(path: Path) -> None:

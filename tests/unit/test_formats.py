@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caldpo_ray.errors import InputError
+from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.formats import FORMATS, check_example, get_format, recognise
 from caldpo_ray.schema import Example
 
@@ -120,6 +120,26 @@ GOOD = {
         {"instruction": "do", "input": None, "chosen": "yes", "rejected": "no"},
         Example("do", ["yes", "no"]),
     ),
+    "alpaca with a system message and earlier turns": (
+        "alpaca",
+        {
+            "instruction": "do",
+            "input": "this",
+            "system": "s",
+            "history": [["q", "a"]],
+            "chosen": "yes",
+            "rejected": "no",
+        },
+        Example(
+            [{"role": "system", "content": "s"}, user("q"), assistant("a"), user("do\nthis")],
+            ["yes", "no"],
+        ),
+    ),
+    "alpaca with neither": (
+        "alpaca",
+        {"instruction": "do", "system": "", "history": [], "chosen": "yes", "rejected": "no"},
+        Example("do", ["yes", "no"]),
+    ),
     "sharegpt": (
         "sharegpt",
         SHAREGPT | {"conversations": [{"from": "system", "value": "s"}, human("q"), gpt("a"), human("r")]},
@@ -168,6 +188,7 @@ GOOD = {
 
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: yes", "rejected": "\n\nHuman: q\n\nAssistant: no"}
 PREFERENCE = {"prompt": "q", **TEXT_PAIR}
+ALPACA = {"instruction": "do", "chosen": "a", "rejected": "b"}
 RANKED = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 0]}
 UNPAIRED = {"prompt": "q", "completion": "a", "label": True}
 
@@ -182,7 +203,8 @@ BAD = [
     ("preference", PREFERENCE | {"rejected": " yes"}, "equal responses"),
     ("preference", PREFERENCE | {"rejected": "\ud800"}, "a response is not valid Unicode"),
     ("preference", PREFERENCE | {"prompt": "\udfff"}, "prompt is not valid Unicode"),
-    ("preference", PREFERENCE | {"chosen_score": NAN}, "chosen_score is not finite"),
+    ("preference", PREFERENCE | {"prompt": [{"role": "\udfff", "content": "q"}]}, "prompt is not valid Unicode"),
+    ("preference", PREFERENCE | {"chosen_score": NAN}, "chosen_score is not finite in float32"),
     ("preference", PREFERENCE | {"score_rejected": "9"}, "score_rejected is str, not int or float"),
     ("preference", PREFERENCE | {"prompt": []}, "prompt holds no message"),
     ("preference", PREFERENCE | {"prompt": [user("")]}, "empty prompt"),
@@ -220,7 +242,19 @@ BAD = [
         {"chosen": [user("q"), assistant("yes"), user("r")], "rejected": [user("q"), assistant("no")]},
         "a response does not begin and end with an assistant turn",
     ),
+    ("preference", PREFERENCE | {"chosen_score": 10**400}, "chosen_score is not finite in float32"),
+    ("preference", PREFERENCE | {"chosen_score": 1e39}, "chosen_score is not finite in float32"),
+    (
+        "preference",
+        PREFERENCE | {"chosen": "[{'role': 'assistant', 'content': 'yes'}]"},
+        "chosen is a list of messages spelled as text: write JSON lines, or CSV whose cells are JSON",
+    ),
     ("hh", HH | {"chosen": 7}, "chosen is int, not str"),
+    (
+        "hh",
+        TEXT_PAIR,
+        "the prompt column is missing, and chosen and rejected are no transcripts with assistant turns",
+    ),
     ("hh", HH | {"rejected": "no"}, "a transcript holds no assistant turn"),
     ("hh", HH | {"rejected": "\n\nHuman: r\n\nAssistant: no"}, "the prompts of chosen and rejected differ"),
     ("hh", HH | {"rejected": "\n\nHuman: q\n\nAssistant:"}, "empty response"),
@@ -229,6 +263,10 @@ BAD = [
     ("alpaca", {"instruction": "", "chosen": "a", "rejected": "b"}, "empty prompt"),
     ("alpaca", {"instruction": "do", "input": 3, "chosen": "a", "rejected": "b"}, "input is int, not str"),
     ("alpaca", {"instruction": "do", "chosen": ["a"], "rejected": "b"}, "chosen is list, not str"),
+    ("alpaca", ALPACA | {"system": 3}, "system is int, not str"),
+    ("alpaca", ALPACA | {"history": "q"}, "history is str, not list"),
+    ("alpaca", ALPACA | {"history": [["q"]]}, "a turn of history is not [instruction, response]"),
+    ("alpaca", ALPACA | {"history": [["q", None]]}, "history's assistant turn is missing or null"),
     ("sharegpt", SHAREGPT | {"conversations": "q"}, "conversations is str, not list"),
     ("sharegpt", SHAREGPT | {"conversations": []}, "prompt holds no message"),
     ("sharegpt", SHAREGPT | {"chosen": "yes"}, "a message of chosen is str, not dict"),
@@ -245,8 +283,9 @@ BAD = [
     ("ranked", {"prompt": "q"}, "completions is missing or null"),
     ("ranked", {"responses": ["a"]}, "context is missing or null"),
     ("ranked", RANKED | {"scores": [1]}, "scores and responses differ in number"),
-    ("ranked", RANKED | {"scores": [1, NAN]}, "scores is not finite"),
+    ("ranked", RANKED | {"scores": [1, NAN]}, "scores is not finite in float32"),
     ("ranked", RANKED | {"scores": [1, 1]}, "all responses tie"),
+    ("ranked", RANKED | {"scores": [1, 1 + 1e-9]}, "all responses tie"),  # in float32
     ("ranked", RANKED | {"responses": ["a", "a"]}, "equal responses"),
     ("ranked", {"prompt": "q", "completions": ["a"]}, "a completion is str, not dict"),
     ("ranked", {"prompt": "q", "completions": [{"completion": "a"}]}, "rank is missing or null"),
@@ -353,6 +392,9 @@ def test_own_row_function_that_fails_makes_a_bad_row(row_functions):
         "def reject(record): raise ValueError('no majority')\n"
         "def nothing(record): return None\n"
         "def empty(record): return Example('q', [''])\n"
+        "def leave(record): raise SystemExit(7)\n"
+        "def numbered(record): return {1: 'q', 'chosen': 'a', 'rejected': 'b'}\n"
+        "def shapeless(record): return Example('q', 5)\n"
     )
     reasons = {
         "column": "the row function raised KeyError 'missing'",
@@ -360,6 +402,9 @@ def test_own_row_function_that_fails_makes_a_bad_row(row_functions):
         "reject": "no majority",
         "nothing": "the row function's result is missing or null",
         "empty": "empty response",
+        "leave": "the row function raised SystemExit",
+        "numbered": "the prompt column is missing, and chosen and rejected are no transcripts with assistant turns",
+        "shapeless": "responses is int, not list or tuple",
     }
     for function, reason in reasons.items():
         with pytest.raises(ValueError) as caught:
@@ -367,14 +412,28 @@ def test_own_row_function_that_fails_makes_a_bad_row(row_functions):
         assert str(caught.value) == reason
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = 1 / 0\n", r"\(ZeroDivisionError: division by zero, .*my_rows.py line 1\); mend it"),
+        ("\nimport sys\nsys.exit(7)\n", r"\(SystemExit: 7, .*my_rows.py line 3\); mend it"),
+        ("def f(:\n", r"\(SyntaxError: invalid syntax \(my_rows.py, line 1\)\); mend it"),
+    ],
+)
+def test_a_module_of_row_functions_that_fails_is_named_with_the_line(row_functions, source, says):
+    row_functions(source)
+    with pytest.raises(NotReady, match="data.format = my_rows:f: cannot import my_rows " + says):
+        get_format("my_rows:f")
+
+
 def test_unknown_format_module_or_function(row_functions):
     row_functions("number = 3\n")
     for name, message in {
         "preferences": "'preferences' is no format: use one of preference, implicit, hh, alpaca, sharegpt, ranked",
         "my_rows:": "'my_rows:' is no format",
-        "no_such_rows:function": "cannot import the module of 'no_such_rows:function': No module named 'no_such_rows'",
-        "my_rows:absent": "the module has no function 'absent'",
-        "my_rows:number": "the module has no function 'number'",
+        "no_such_rows:function": "data.format = no_such_rows:function: cannot import no_such_rows (No module named",
+        "my_rows:absent": "my_rows has no function 'absent'",
+        "my_rows:number": "my_rows has no function 'number'",
     }.items():
         with pytest.raises(InputError) as caught:
             get_format(name)
@@ -390,7 +449,15 @@ def test_unknown_format_module_or_function(row_functions):
         (Example("q", ["a", True]), "a response is bool, not str or list"),
         (Example("q", [[assistant("a")]]), "the prompt is text and a response is messages"),
         (Example("q", ["a"], weight=0.0), "weight is not positive"),
-        (Example("q", ["a"], columns={"soft_label": NAN}), "soft_label is not finite"),
+        (Example("q", ["a"], weight=1e-60), "weight is not positive"),
+        (Example("q", ["a", "b"], scores=3.0), "scores is float, not list or tuple"),
+        (Example("q", ["a"], columns=None), "columns is missing or null"),
+        (Example("q", ["a"], columns={3: 1.0}), "the name of a column is int, not str"),
+        (
+            Example("q", ["a"], columns={"lengths": 1.0}),
+            "a column is called lengths, which objectives get from elsewhere",
+        ),
+        (Example("q", ["a"], columns={"soft_label": NAN}), "soft_label is not finite in float32"),
     ],
 )
 def test_bad_examples(example, reason):

@@ -44,3 +44,9 @@ def test_a_file_that_appears_changes_it(folder: Path) -> None:
 
 def test_an_execution_key_changes_it(folder: Path) -> None:
     assert input_stamp(config(folder, "train.num_workers=2")) != input_stamp(config(folder))
+
+
+def test_a_package_that_fails_on_import_does_not_hide_what_stopped_the_run(folder: Path) -> None:
+    (folder / "leaving_package").mkdir()
+    (folder / "leaving_package" / "__init__.py").write_text("import sys\nsys.exit(7)\n")
+    assert input_stamp(config(folder, "data.format=leaving_package.rows:f"))

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from caldpo_ray.errors import NotReady
-from caldpo_ray.objective_parameters import SCHEMAS, parse_objective, require_findable
+from caldpo_ray.errors import InputError
+from caldpo_ray.objective_parameters import SCHEMAS, parse_objective
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.objectives.registry import FUNCTIONS, vector_names
+from caldpo_ray.user_code import require_objective
 
 HERE = Path(__file__).parent
 GOLDEN_FILE = HERE.parent / "golden" / "objectives.json"
@@ -487,6 +488,15 @@ def nothing(policy_logps, reference_logps, lengths):
 def number(policy_logps, reference_logps, lengths):
     return {"a": policy_logps[:, 0], "b": 3.0}
 
+def raises(policy_logps, reference_logps, lengths):
+    return torch.functional.einsum("ij,k", policy_logps)
+
+def leaves(policy_logps, reference_logps, lengths):
+    raise SystemExit(7)
+
+def two(policy_logps, reference_logps):
+    return policy_logps[:, 0]
+
 constant = 1.0
 """
 
@@ -496,9 +506,10 @@ def custom(tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text(CUSTOM)
     (tmp_path / "broken_losses.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "unparsable_losses.py").write_text("def f(:")
+    (tmp_path / "leaving_losses.py").write_text("import sys\nsys.exit(7)")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    for module in ("own_losses", "broken_losses", "unparsable_losses"):
+    for module in ("own_losses", "broken_losses", "unparsable_losses", "leaving_losses"):
         sys.modules.pop(module, None)
 
 
@@ -533,27 +544,36 @@ def test_own_function_gets_the_columns_it_asks_for():
     [
         ("no_such_module:f", {}, "cannot import no_such_module .*PYTHONPATH"),
         ("broken_losses:f", {}, "cannot import broken_losses .*a_package_that_is_not_there"),
-        ("unparsable_losses:f", {}, "cannot import unparsable_losses .*invalid syntax"),
-        ("own_losses:missing", {}, "own_losses has no function missing; define missing"),
-        ("own_losses:constant", {}, "own_losses has no function constant"),
+        ("unparsable_losses:f", {}, "cannot import unparsable_losses .*invalid syntax .*line 1.*; mend it"),
+        ("leaving_losses:f", {}, "cannot import leaving_losses .SystemExit: 7, .*leaving_losses.py line 2.; mend it"),
+        (
+            "own_losses:two",
+            {},
+            r"cannot be called as two\(policy_logps, reference_logps, lengths.*.too many positional",
+        ),
+        ("own_losses:missing", {}, "own_losses has no function 'missing'; define it"),
+        ("own_losses:constant", {}, "own_losses has no function 'constant'"),
         ("own_losses:hinge", {"betta": 1.0}, "with the parameters betta .*unexpected keyword argument 'betta'"),
         ("own_losses:", {}, "must be package.module:function"),
     ],
 )
 def test_own_function_that_cannot_be_used_is_explained(name, parameters, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(InputError, match=says):
         get_objective(name, **parameters)
+    with pytest.raises(InputError, match=says):  # before anything starts
+        require_objective(parse_objective({"name": name, **parameters}))
 
 
 @pytest.mark.usefixtures("custom")
-def test_a_module_that_is_missing_is_found_out_without_loading_one():
-    require_findable("dpo")
-    require_findable("own_losses:hinge")
-    require_findable("unparsable_losses:f")
-    assert not {"own_losses", "unparsable_losses"} & set(sys.modules)
-    for name in ("no_such_module:f", "no_such_package.module:f", "own_losses.module:f"):
-        with pytest.raises(NotReady, match=f"{name}: cannot import .*[Nn]o.*; install it on every node"):
-            require_findable(name)
+def test_checking_a_built_in_objective_loads_no_torch_and_a_good_one_of_the_users_passes():
+    require_objective(parse_objective({"name": "own_losses:hinge", "beta": 0.1}))
+    code = (
+        "import sys; from caldpo_ray.objective_parameters import parse_objective as parse;"
+        "from caldpo_ray.user_code import require_objective; require_objective(parse({'name': 'dpo'}));"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.usefixtures("custom")
@@ -563,6 +583,8 @@ def test_a_module_that_is_missing_is_found_out_without_loading_one():
         ("mean", r"returned loss: a tensor of shape \(\); return one loss per row, a tensor of shape \(2,\)"),
         ("nothing", "returned an empty dict"),
         ("number", "returned b: float"),
+        ("raises", r"own_losses:raises: the function raised RuntimeError: .*, .*own_losses.py line \d+; mend it"),
+        ("leaves", r"own_losses:leaves: the function raised SystemExit: 7, .*own_losses.py line \d+; mend it"),
     ],
 )
 def test_own_function_with_a_wrong_result_is_explained(function, says):

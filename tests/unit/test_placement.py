@@ -1,11 +1,13 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
 from caldpo_ray.loggers import require_installed
-from caldpo_ray.placement import Bundle, Node, bundles, require_placeable, unplaced
+from caldpo_ray.pipeline import _join_or_start
+from caldpo_ray.placement import OWN_CLUSTER, Bundle, Node, bundles, may_grow, require_placeable, unplaced
 
 CPU_NODE = Node("a", {"CPU": 2.0}, {})
 GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
@@ -123,3 +125,35 @@ def test_a_logger_that_is_not_installed_may_be_installed() -> None:
     require_installed(["tensorboard"], "runs/run")
     with pytest.raises(InputError, match=r"tensorboard appends to a file .* s3://bucket/run cannot do; use wandb"):
         require_installed(["tensorboard"], "s3://bucket/run")
+
+
+def test_a_cluster_of_our_own_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {use_gpu: true}")
+    config = load_config(path)
+    laptop = Node("a", {"CPU": 2.0}, {"ray.io/node-id": "x", **OWN_CLUSTER})
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [laptop])
+    with pytest.raises(NotReady, match=r"a: 2 CPU, 0 GPU, labels {}\); change train.*or set RAY_ADDRESS"):
+        require_placeable(config, True)  # its default is to wait for two minutes
+    assert "waiting" not in capsys.readouterr().out
+    assert may_grow([CPU_NODE, GPU_NODE]) and not may_grow([laptop])
+
+
+def test_a_cluster_has_our_label_only_if_we_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def start(**options: Any) -> None:
+        asked.append(options)
+        if options and existing:
+            raise ValueError("When connecting to an existing cluster, labels must not be provided.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    existing = False
+    _join_or_start(start)
+    existing = True
+    _join_or_start(start)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    _join_or_start(start)
+    assert asked == [{"labels": OWN_CLUSTER}, {"labels": OWN_CLUSTER}, {}, {}]

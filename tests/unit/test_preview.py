@@ -1,6 +1,8 @@
 """What people see of a row: exact text on small tokenizers."""
 
 import io
+import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from caldpo_ray.cli import main
 from caldpo_ray.preview import SHOWN_AT_EACH_END, preview
 from caldpo_ray.schema import Example, Row
-from caldpo_ray.tokenization import tokenise
+from caldpo_ray.tokenization import row_id, tokenise
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,53 @@ def test_colours_repeat_what_the_brackets_say(tokenizer):
 def test_rows_one_after_another(tokenizer):
     rows = [tokenised(Example("q", [answer]), tokenizer) for answer in ("a", "b")]
     assert preview(rows, tokenizer).plain == "".join(preview([row], tokenizer).plain for row in rows)
+
+
+@pytest.fixture
+def config(tokenizer, tmp_path, monkeypatch):
+    """A config beside its model, which is a tokenizer, and two files of pairs; the second pair cannot be used."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": rejected} for rejected in ("b", "a", "c")]
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (tmp_path / "c.yaml").write_text(
+        f"model: {{name_or_path: {tmp_path}/model}}\nobjective: {{name: dpo}}\n"
+        f"data: {{train: {tmp_path}/train.jsonl, eval: {tmp_path}/eval.jsonl}}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "c.yaml"
+
+
+def run(capsys, *arguments, code=0):
+    with pytest.raises(SystemExit) as stopped:
+        main(["preview", *map(str, arguments)])
+    output = capsys.readouterr()
+    assert stopped.value.code == code, output
+    assert "Traceback" not in output.err
+    return output.out + output.err
+
+
+def test_a_row_is_found_by_its_id(config, capsys):
+    train, held_out = config.parent / "train.jsonl", config.parent / "eval.jsonl"
+    good, bad = row_id(str(held_out), 3), row_id(str(train), 2)
+    assert run(capsys, config, "--row", good, "--row", bad) == (
+        f"{train}, line 2: cannot be used: equal responses\n"
+        f"{held_out}, line 3\nrow {good}: 1 prompt tokens, not scored\nq\n"
+        "chosen: 2 tokens, all scored\n[a][</s>]\nrejected: 2 tokens, all scored\n[c][</s>]\n\n"
+    )
+    missing = run(capsys, config, "--row", "0123456789abcdef", "--row", good, code=2)
+    assert f"row 0123456789abcdef: not in {train} or {held_out}; an id stands for a file's path and a line" in missing
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("x = 1 / 0", "data.format = rows_to_preview:f: cannot import rows_to_preview (ZeroDivisionError"),
+        ("import sys; sys.exit(7)", "data.format = rows_to_preview:f: cannot import rows_to_preview (SystemExit: 7,"),
+        ("def f(record): raise SystemExit(7)", "3 x the row function raised SystemExit"),
+    ],
+)
+def test_a_row_function_that_fails_is_wrong_input(config, capsys, source, says):
+    (config.parent / "rows_to_preview.py").write_text(source)
+    assert says in run(capsys, config, "data.format=rows_to_preview:f", code=2)
+    sys.modules.pop("rows_to_preview", None)

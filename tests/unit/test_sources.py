@@ -201,6 +201,34 @@ def test_bad_csv_records(tmp_path: pathlib.Path) -> None:
     assert items(source)[-1] == (9, {"a": "last, one", "b": "z"})
 
 
+def test_deep_nesting_costs_one_element_of_a_json_list(tmp_path: pathlib.Path) -> None:
+    content = b'[{"a": 1}, {"a": ' + b"[" * 300 + b'"\\u0061"' + b"]" * 300 + b'}, {"a": 2}]'
+    assert reasons(write(tmp_path, "a.json", content)) == {2: "nested more than 100 deep"}
+
+
+def test_messages_in_csv_cells(tmp_path: pathlib.Path) -> None:
+    """JSON is read as what it is; Python's own spelling stays text, which formats refuse, and so do other lists."""
+    messages = [{"role": "user", "content": 'q, "r"'}]
+    cells = [
+        json.dumps(messages),
+        json.dumps([{"from": "human", "value": "q"}]),
+        str(messages),
+        '[{"name": "x"}]',
+        "[1]",
+    ]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([["prompt", "chosen"], *(["q", cell] for cell in cells)])
+    read = [record["chosen"] for _, record in items(write(tmp_path, "a.csv", text.getvalue().encode()))]
+    assert read == [messages, [{"from": "human", "value": "q"}], *cells[2:]]
+
+
+def test_a_time_that_python_has_not_costs_one_record(tmp_path: pathlib.Path) -> None:
+    table = pa.table({"a": ["one", "two"], "when": pa.array([0, 2**60], pa.timestamp("us"))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    [source] = list_sources(str(tmp_path / "a.parquet"))
+    assert reasons(source).keys() == {2}
+
+
 def test_parquet_text_that_is_not_utf8_costs_one_record(tmp_path: pathlib.Path) -> None:
     column = pa.array([b"one", b"tw\xff", b"three"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"a": column}), tmp_path / "a.parquet")
@@ -266,6 +294,9 @@ def test_broken_parquet(tmp_path: pathlib.Path) -> None:
     whole = encode(RECORDS, "parquet")
     assert broken_after(write(tmp_path, "a.parquet", whole[:-100]), "broken after record 0") == []
     assert broken_after(write(tmp_path, "b.parquet", b""), "broken after record 0") == []
+    twice = io.BytesIO()
+    pq.write_table(pa.table([pa.array(["a"])] * 3, names=["prompt", "chosen", "prompt"]), twice)
+    assert broken_after(write(tmp_path, "d.parquet", twice.getvalue()), "columns occur twice: prompt; write") == []
     assert broken_after(write(tmp_path, "c.parquet", b"not parquet at all"), "broken after record 0") == []
 
 
@@ -434,8 +465,8 @@ def test_links_are_followed_and_no_folder_is_read_twice(tree: pathlib.Path, tmp_
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nothing.jsonl", "no data file there; known are .jsonl, .jsonl.gz, .jsonl.zst, .json,"),
-        ("nothing*.jsonl", "no data file there"),
+        ("nothing.jsonl", "does not exist; check the path, which every node needs"),
+        ("nothing*.jsonl", "no data file there; known are .jsonl, .jsonl.gz, .jsonl.zst, .json,"),
         ("deep/notes.txt", "unknown extension; known are .jsonl, .jsonl.gz"),
         ("[Rb]*", "unknown extension; known are .jsonl, .jsonl.gz"),
         ("g.parquet.gz", "unknown extension"),
@@ -460,12 +491,21 @@ def test_what_is_not_data_is_refused(tree: pathlib.Path, spec: str, message: str
         ("hub:name", "write hub:org/name or hub:org/name:split"),
         ("hub:org/name:train:x", "write hub:org/name or hub:org/name:split"),
         ("hub:", "write hub:org/name or hub:org/name:split"),
+        ("hf://datasets/x", "hf://datasets/x: not a valid address (Invalid HF URI"),
+        ("hf://", "hf://: not a valid address ("),
     ],
 )
 def test_specs_that_cannot_be_understood(spec: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         list_sources(spec)
     assert message in str(caught.value)
+
+
+def test_a_name_that_is_not_text_is_refused(tmp_path: pathlib.Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb"):
+        pass
+    with pytest.raises(InputError, match=r"caf.udce9.jsonl': a name that is not UTF-8; rename it"):
+        list_sources(str(tmp_path))
 
 
 @pytest.mark.parametrize(("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")])

@@ -95,11 +95,12 @@ def serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 # --- S3 ---
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def s3() -> Iterator[Any]:
     """A bucket ``data`` on a server of its own, through the environment a user would set."""
-    s3fs = pytest.importorskip("s3fs", reason="the s3 extra is not installed")
-    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    import moto.server as moto
+    import s3fs
+
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

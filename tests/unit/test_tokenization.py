@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from caldpo_ray.errors import InputError
 from caldpo_ray.formats import FORMATS
 from caldpo_ray.schema import Example
-from caldpo_ray.tokenization import check_tokenizer, response_digest, row_id, tokenise
+from caldpo_ray.tokenization import characters_per_token, check_tokenizer, response_digest, row_id, tokenise
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -457,3 +457,55 @@ def test_response_digest_names_prompt_and_response():
     ids = np.concatenate([prompt, response])
     assert len({response_digest(ids[:cut], ids[cut:]) for cut in range(6)}) == 6
     assert response_digest(prompt, response[::-1]) != expected
+
+
+def sentencepiece_with_bytes():
+    """As Llama 2: spaces become a letter, and what has no token its bytes."""
+    letters = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁a", "▁▁", "▁▁▁▁"]
+    merges = [("a", "b"), ("▁", "a"), ("▁", "▁"), ("▁▁", "▁▁")]
+    vocabulary = {token: i for i, token in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<unk>")
+
+
+def composing_bpe():
+    """As Qwen: bytes of composed characters, pieces cut by an expression."""
+    tokenizer = byte_bpe()
+    tokenizer._tokenizer.normalizer = normalizers.NFC()
+    cut = pre_tokenizers.Split(Regex(r"\s+|\S+"), "isolated")
+    tokenizer._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_bpe, sentencepiece_with_bytes, composing_bpe])
+def test_no_token_stands_for_more_characters_than_its_tokenizer_says(make):
+    tokenizer, texts = (
+        make(),
+        [*CORPUS, " " * 100, "ab" * 50, "\u03b1\u0313\u0300\u0345" * 30, "e\u0301", "<|im_start|>", "\0\n"],
+    )
+    for text in texts:
+        num_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert num_tokens * characters_per_token(tokenizer) >= len(text)
+
+
+def test_tokenizers_that_may_drop_or_join_text_have_no_such_number():
+    swallowing, cutting = byte_bpe(), byte_bpe()
+    swallowing.add_tokens([AddedToken("<mask>", lstrip=True)])
+    cutting._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), cutting._tokenizer.pre_tokenizer]
+    )
+    stripping = byte_bpe()
+    stripping._tokenizer.normalizer = normalizers.Strip()
+    for tokenizer in (word_level(CORPUS), sentencepiece_bpe(), merging_bpe(), swallowing, cutting, stripping):
+        assert characters_per_token(tokenizer) is None
+
+
+def test_a_response_that_cannot_fit_is_refused_before_it_is_tokenised(bpe):
+    """An empty prompt is found when it is tokenised: a response that is far too long comes first, another does not."""
+    room = 8 * characters_per_token(bpe)
+    for length, reason in ((room + 1, "leaves no room"), (room, "the prompt has no tokens")):
+        with pytest.raises(ValueError, match=reason):
+            run(Example("", ["x" * length]), bpe, max_length=8)

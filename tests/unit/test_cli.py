@@ -1,0 +1,43 @@
+"""What the command itself does: exit codes and the last line."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from caldpo_ray.cli import main
+
+
+def test_ctrl_c_is_answered_at_once_and_is_exit_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard: list[str] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            heard.append(capfd.readouterr().err)  # before anything is cleaned up
+            raise
+
+    monkeypatch.setattr("caldpo_ray.world.create_world", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        main(["world", "create", str(tmp_path / "world")])
+    assert stopped.value.code == 130
+    assert "caldpo: stopping ..." in heard[0]
+    assert "caldpo: interrupted; the same command resumes the run\ncaldpo: exit code 130" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_the_shell_ignores_stays_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("caldpo_ray.world.create_world", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(["world", "create", str(tmp_path / "world")])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 0 and "stopping" not in capfd.readouterr().err
