@@ -23,9 +23,7 @@ BF16 = ("model.dtype=bfloat16",)
 CHAINS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
     "0-1-3": ((), (0, 1, 3)),
     "1-0-2": ((), (1, 0, 2)),
-    "3-0-3": ((), (3, 0, 3)),
     "rmsprop 2-3-0": (RMSPROP, (2, 3, 0)),
-    "rmsprop 0-3-1": (RMSPROP, (0, 3, 1)),
     "LoRA 3-0-1": (LORA, (3, 0, 1)),
     "bf16 1-3-2": (BF16, (1, 3, 2)),
     "offloaded 1-3-2": (OFFLOADED, (1, 3, 2)),
