@@ -111,8 +111,10 @@ def _write_end(run: RunDir, config: Config, identity: str, error: BaseException)
     elif isinstance(error, InputError):
         stamp = None if isinstance(error, NotReady) else input_stamp(config)
         run.write_status("failed", 2, str(error), identity, stamp)
+    elif isinstance(error, RunError):
+        run.write_status("failed", 3, str(error), identity)
     else:
-        run.write_status("failed", 3 if isinstance(error, RunError) else 1, last_line(error), identity)
+        run.write_status("failed", 1, last_line(error), identity)
 
 
 @contextmanager

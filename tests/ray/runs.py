@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 import caldpo_ray
-from caldpo_ray.storage import local_copy, open_path
+from caldpo_ray.storage import local_copy, open_path, read_bytes
 from tests.conftest import wait_until
 
 TIMES = ("pairs_per_second", "tokens_per_second", "wait/reference_seconds", "wait/feed_seconds", "mfu")
@@ -46,7 +46,7 @@ class Run:
         """Of the metrics so far; the last line may be half written."""
         whole = self.path / "metrics.jsonl"
         files = [whole] if whole.exists() else sorted((self.path / "metrics").glob("part-*"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.endswith("}")]
+        return [json.loads(line) for file in files for line in read_bytes(file).splitlines() if line.endswith(b"}")]
 
     def trajectory(self) -> list[dict[str, Any]]:
         """Metrics without what the clock decides."""
