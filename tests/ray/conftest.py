@@ -64,8 +64,11 @@ def path_without_compilers(folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def baseline_config(tmp_path_factory: pytest.TempPathFactory, world: Path, cluster: str) -> Path:
-    """Cal-DPO for two epochs on one worker, measured every six steps; weight decay makes two groups of parameters."""
-    train = {"epochs": 2, "num_workers": 1, "weight_decay": 0.01, "eval_every": 6}
+    """Cal-DPO for two epochs on one worker, measured every six steps.
+
+    Its steps are accumulated over several micro-batches, and weight decay makes two groups of parameters.
+    """
+    train = {"epochs": 2, "num_workers": 1, "micro_batch_tokens": 512, "weight_decay": 0.01, "eval_every": 6}
     data = {"eval": str(world / "eval.jsonl")}
     return write_config(tmp_path_factory.mktemp("baseline"), world, train=train, data=data)
 

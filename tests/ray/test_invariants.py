@@ -64,18 +64,16 @@ def test_a_warm_store_gives_the_same_bits_and_scores_nothing(baseline_config: Pa
 @pytest.mark.parametrize(
     "execution",
     [
-        ("train.num_workers=1", "train.micro_batch_tokens=256"),
-        ("train.num_workers=2", "train.micro_batch_tokens=512", "train.deepspeed.zero_stage=0"),
+        ("train.num_workers=2", "train.micro_batch_tokens=8192", "train.deepspeed.zero_stage=0"),
         ("train.num_workers=2", "train.deepspeed.zero_stage=1", "train.deepspeed.offload_optimizer=true"),
-        ("train.num_workers=2", "train.deepspeed.zero_stage=2"),
+        ("train.num_workers=2", "train.micro_batch_tokens=8192", "train.deepspeed.zero_stage=2"),
         ("train.num_workers=2", "train.micro_batch_tokens=256", "train.deepspeed.zero_stage=3"),
     ],
     ids=[
-        "1 worker accumulating",
-        "2 workers, ZeRO-0",
+        "2 workers at once, ZeRO-0",
         "2 workers, ZeRO-1 offloaded",
-        "2 workers, ZeRO-2",
-        "2 workers, ZeRO-3 accumulating",
+        "2 workers at once, ZeRO-2",
+        "2 workers, ZeRO-3, more accumulation",
     ],
 )
 def test_workers_accumulation_and_stage(baseline_config: Path, baseline: RunDir, execution: tuple[str, ...]) -> None:

@@ -14,7 +14,7 @@ from tests.ray.runs import LiveRun, live_actors, pids, start, write_config
 from tests.ray.test_evaluate import plain_logps
 
 pytestmark = pytest.mark.ray
-ROWS, STEPS = 40, 30
+ROWS, STEPS = 40, 15
 REFERENCE_VOCABULARY = (
     100_000  # one matrix far larger than all of the policy; the rows beyond the tokenizer's are never asked for
 )

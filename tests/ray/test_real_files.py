@@ -91,7 +91,10 @@ def test_preview_and_reference_build(
     config = tmp_path / "real.yaml"
     config.write_text(yaml.safe_dump(values))
     monkeypatch.chdir(ROOT)  # where `examples.row_functions` is found
-    for command in (["preview", str(config), *overrides, "-n", "2"], ["reference", "build", str(config), *overrides]):
+    for command in (
+        ["preview", str(config), *overrides, "-n", "2"],
+        ["reference", "build", str(config), *overrides, "reference.num_cpus_per_actor=2"],
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(command)
         output = capsys.readouterr()
