@@ -21,7 +21,7 @@ COMMANDS = [line.partition("#")[0].strip() for block in BLOCKS for line in block
 SMALLER = ["train.num_workers=2", "reference.num_actors=1"]
 RECIPES = {
     "make quickstart": ["python examples/quickstart/run.py"],
-    "make test": ["pytest --numprocesses auto tests/unit tests/parity", "pytest tests/ray"],
+    "make test": ["pytest tests/unit tests/parity", "pytest tests/ray"],
 }
 TAKES_OVERRIDES = ("plan", "preview", "train")
 
