@@ -17,8 +17,9 @@ from caldpo_ray.logprobs import TokenBatch
 
 BFLOAT16, FLOAT32 = "bfloat16", "float32"
 
-# Dense peaks in TFLOP/s from the makers' data sheets (which print twice as much "with sparsity"): bfloat16 on tensor cores, and
-# float32 without TF32, as torch multiplies by default. More special names come first; all words must be in the device's name.
+# Dense peaks in TFLOP/s (makers print twice as much "with sparsity"): bfloat16 on tensor cores, and float32 without TF32, as torch
+# multiplies by default. Checked against published tables: L40, L40S, and bfloat16 of A10, A100, H100, H200 and B200; the others
+# are still to be. More special names come first; all words must be in the device's name.
 PEAKS: list[tuple[set[str], dict[str, float]]] = [
     ({"B200"}, {BFLOAT16: 2250, FLOAT32: 75}),
     ({"GH200"}, {BFLOAT16: 989.4, FLOAT32: 67}),
