@@ -428,8 +428,6 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     except Exception as error:
         if ray.get(feed.progress.remote()).failure is None:
             restarts = settings["config"]["train"]["max_failures"]
-            feed.note.remote(
-                f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}); Ray Train starts the group"
-                f" again from the last checkpoint, train.max_failures = {restarts} times"
-            )
+            after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
+            feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
             raise

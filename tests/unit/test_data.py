@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from caldpo_ray.config import DataSection, ModelSection
 from caldpo_ray.data import MAX_REASON, _tokenise_batch, _what_stopped, cache_key, make_row
 from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
+from tests.unit.tiny_models import byte_tokenizer
 
 GOOD = {"prompt": "q", "chosen": " yes", "rejected": " no"}
 MESSAGES = {"prompt": [{"role": "user", "content": "q"}], "chosen": "yes", "rejected": "no"}
@@ -28,13 +27,7 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """One token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    return byte_tokenizer()
 
 
 def convert(record: Any, tokenizer: Any, **data: Any) -> Row | str:

@@ -7,24 +7,17 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from caldpo_ray.cli import main
 from caldpo_ray.preview import SHOWN_AT_EACH_END, preview
 from caldpo_ray.schema import Example, Row
 from caldpo_ray.tokenization import row_id, tokenise
+from tests.unit.tiny_models import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    return byte_tokenizer()
 
 
 def tokenised(example, tokenizer, max_prompt_length=None):

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from caldpo_ray.schema import Row
 
@@ -85,3 +86,13 @@ def random_rows(*lengths: Sequence[int]) -> list[Row]:
     """Rows of random tokens, the same ones every time; each argument is (prompt length, *response lengths)."""
     rng = np.random.default_rng(0)
     return [random_row(rng, *row) for row in lengths]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and `</s>` for the end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
