@@ -108,6 +108,14 @@ def evaluate(
 
 
 @app.command()
+def report(path: Annotated[str, typer.Argument(metavar="RUN_OR_SWEEP")]) -> None:
+    """Write report.html, one file for phone and print, and figures/*.png."""
+    from caldpo_ray.report import report as write
+
+    write(path)
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN")],
     output: Annotated[str, typer.Option(help="A new folder.")],

@@ -362,7 +362,7 @@ class PolicyWorker:
             "split": split,
         }
         line |= metrics.finalise(totals)
-        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "wall_seconds": seconds}
         line |= {"mfu": flops / seconds / self.peak_flops} if self.peak_flops else {}
         line |= dict(zip(self.waits, waits.tolist(), strict=True))
         self.waits = dict.fromkeys(self.waits, 0.0)

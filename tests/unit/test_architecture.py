@@ -30,6 +30,10 @@ LAYERS = [
         "preview",
         "user_code",
         "world",
+        "drawing",
+        "run_figures",
+        "sweep_figures",
+        "report_page",
     },
     {
         "readers",
@@ -49,7 +53,19 @@ LAYERS = [
         "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},
-    {"placement", "held_out", "pipeline", "reference_verbs", "evaluation", "export", "plan", "cli", "__main__"},
+    {
+        "placement",
+        "held_out",
+        "pair_analysis",
+        "pipeline",
+        "reference_verbs",
+        "evaluation",
+        "export",
+        "plan",
+        "report",
+        "cli",
+        "__main__",
+    },
 ]
 # A stage never imports another, but for records: the feed joins the reference's answers, and workers read what the feed cuts.
 BETWEEN_STAGES = {("feed", "reference"), ("training", "feed"), ("training", "reference")}

@@ -34,6 +34,8 @@ PAIR_NAMES = {
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "response_tokens/chosen",
+    "response_tokens/rejected",
 }
 
 
@@ -65,6 +67,8 @@ def test_values_of_a_calibrated_objective():
             "logratios/chosen_positive": 0.5,
             "logps/chosen": (-42 - 33.9) / 2,
             "logps/rejected": (-57.5 - 42.9) / 2,
+            "response_tokens/chosen": (20 + 17) / 2,
+            "response_tokens/rejected": (25 + 23) / 2,
             "calibration/error": ((2 + 2.5) / 2 + (5.7 + 3.1) / 2) / 2,
             "calibration/reachable": 1.0,
         }
@@ -127,7 +131,13 @@ def test_single_responses():
     metrics = measure(sft, POLICY[:, :1], None, LENGTHS[:, :1], bins=False)
     row_mean = (42 / 20 + 33.9 / 17) / 2
     assert finalise(metrics) == pytest.approx(
-        {"loss": row_mean, "objective/nll": row_mean, "logps/chosen": -75.9 / 2, "nll": 75.9 / 37}
+        {
+            "loss": row_mean,
+            "objective/nll": row_mean,
+            "logps/chosen": -75.9 / 2,
+            "response_tokens/chosen": 37 / 2,
+            "nll": 75.9 / 37,
+        }
     )
     assert finalise(measure(sft, weights=torch.tensor([0.0, 1.0]), bins=False))["nll"] == pytest.approx(33.9 / 17)
 
