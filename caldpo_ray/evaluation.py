@@ -26,7 +26,7 @@ from caldpo_ray.feed import split_rows
 from caldpo_ray.held_out import HeldOut, describe, table, write_scores
 from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
-from caldpo_ray.objectives import get_objective
+from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.pair_analysis import FINDINGS, analyse, audit, count_findings, pair_table
 from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
@@ -87,18 +87,13 @@ def evaluate(
     logps = _score(_job(config, policy, config.model.dtype, None), folder, numbers, "policy")
     frozen_logps = None if frozen is None else _score(_reference_job(subject, frozen), folder, numbers, "reference")
     held_out = HeldOut(RowCache([folder]), numbers, logps, frozen_logps)
-    pairs, training = pair_table(objective, held_out), _training_rows(subject)
-    findings = audit(pairs, held_out, training)
+    found, findings = _describe_rows(subject, objective, held_out)
     result: dict[str, Any] = {
         "model": str(run_or_model),
         "reference": subject.reference.name if subject.reference else None,
         "objective": {"name": objective.name, **objective.parameters} if objective else None,
         "data": source,
-        "eval_rows": len(numbers),
-        **subject.facts,
-        **describe(objective, held_out),
-        **analyse(pairs, config.run.seed),
-        "audit": count_findings(findings, training is not None),
+        **found,
         **({} if sampling is None else _collect(sampling)),
     }
     if scores is not None:
@@ -107,7 +102,7 @@ def evaluate(
     write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
     say("\n".join([f"{len(numbers)} held-out rows, [95 % intervals]:", *table(result)]))
     say(
-        f"evaluation in {subject.home / 'eval.json'}; rows to look at in audit.jsonl: {_describe_audit(result['audit'])}"
+        f"rows to look at, in audit.jsonl: {_describe_audit(result['audit'])}\nevaluation in {subject.home / 'eval.json'}"
     )
     return result
 
@@ -268,6 +263,25 @@ def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indice
         raise InputError(f"data.eval = {held_out}: holds out no row of {source}; give --data PATH")
     say(f"data: {len(numbers)} held-out rows from {source} ({facts.num_bad} bad rows in it)")
     return source, str(facts.folder), numbers
+
+
+# -- what is said of the rows --------------------------------------------------------------------------------------
+
+
+def _describe_rows(
+    subject: Subject, objective: Objective | None, held_out: HeldOut
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics of the held-out rows, findings of the audit)."""
+    pairs, training = pair_table(objective, held_out), _training_rows(subject)
+    findings = audit(pairs, held_out, training)
+    metrics = {
+        "eval_rows": len(held_out.numbers),
+        **subject.facts,
+        **describe(objective, held_out),
+        **analyse(pairs, subject.config.run.seed),
+        "audit": count_findings(findings, training is not None),
+    }
+    return metrics, findings
 
 
 def _training_rows(subject: Subject) -> tuple[RowCache, Indices] | None:

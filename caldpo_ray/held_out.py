@@ -73,18 +73,20 @@ def describe(objective: Objective | None, held_out: HeldOut) -> dict[str, Any]:
             part = torch.stack([product.sum() for product in products])
             moments[name] = moments.get(name, torch.zeros_like(part)) + part
     found = summarise(merge(measure(objective, batch) for batch in held_out.batches()))
-    means = {name: tuple(sums.tolist()) for name, sums in moments.items() if name in found and name not in SHARES}
-    return found | {f"{name}_interval": list(_ratio_interval(*sums)) for name, sums in means.items()}
+    intervals = {
+        f"{name}_interval": _ratio_interval(*sums.tolist())
+        for name, sums in moments.items()
+        if name in found and name not in SHARES and sums[-1] > 1  # one row has no spread
+    }
+    return found | intervals
 
 
-def _ratio_interval(
-    value: float, weight: float, vv: float, vw: float, ww: float, num_rows: float
-) -> tuple[float, float]:
-    """Of value / weight, from sums over rows of both, of their squares and product; without an end for a single row."""
+def _ratio_interval(value: float, weight: float, vv: float, vw: float, ww: float, num_rows: float) -> list[float]:
+    """Of value / weight, from sums over rows of both, of their squares and product, and the number of rows."""
     mean = value / weight
     spread = max(0.0, vv - 2 * mean * vw + mean * mean * ww)
-    half = Z * (spread * num_rows / (num_rows - 1)) ** 0.5 / weight if num_rows > 1 else float("inf")
-    return mean - half, mean + half
+    half: float = Z * (spread * num_rows / (num_rows - 1)) ** 0.5 / weight
+    return [mean - half, mean + half]
 
 
 def _row_values(objective: Objective | None, batch: Batch) -> Shares:

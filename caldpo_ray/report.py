@@ -65,16 +65,25 @@ def report(path: str | Path) -> Path:
     with reaching("report", path):
         if (folder / "sweep.json").exists():
             text, pictures = _sweep_page(folder)
+        elif (folder / "trials").is_dir():
+            raise InputError(
+                f"report {folder}: this sweep has no results yet (sweep.json); ask again at its end, or for the run of one trial"
+            )
         elif (folder / "config.yaml").exists():
             text, pictures = _run_page(RunDir(folder))
         else:
             raise InputError(
                 f"report {folder}: neither a run (config.yaml) nor a sweep (sweep.json) is there; give the directory of one"
             )
-        make_folder(folder / "figures")
-        for picture in pictures:
-            write_atomically(folder / "figures" / f"{picture.name}.png", picture.png)
-        write_atomically(folder / "report.html", text)
+        try:
+            make_folder(folder / "figures")
+            for picture in pictures:
+                write_atomically(folder / "figures" / f"{picture.name}.png", picture.png)
+            write_atomically(folder / "report.html", text)
+        except OSError as error:
+            raise InputError(
+                f"report {folder}: cannot be written ({error.strerror or last_line(error)}); copy the folder to a place that can"
+            ) from None
     say(f"report in {folder / 'report.html'}, {len(pictures)} figures in {folder / 'figures'}")
     return folder / "report.html"
 
@@ -247,9 +256,8 @@ def _sweep_page(folder: Path) -> tuple[str, list[Picture]]:
     way_out = "the same `caldpo sweep` command writes it again"
     found = read_json(folder / "sweep.json", way_out, "name", "metric", "leader_board")
     trials = _read_trials(folder / "trials.parquet")
-    facts = SweepFacts(
-        found["metric"], found.get("mode", "max"), [_trial(line) for line in trials], found["leader_board"]
-    )
+    seen = [_trial(line, _world_metrics(folder / "trials" / line["trial"] / "eval.json")) for line in trials]
+    facts = SweepFacts(found["metric"], found.get("mode", "max"), seen, found["leader_board"])
     pictures = draw_sweep(facts)
     parts = [
         page.paragraph(found["verdict"], "verdict") if found.get("verdict") else "",
@@ -288,25 +296,39 @@ def _read_trials(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _trial(line: Mapping[str, Any]) -> Trial:
+def _world_metrics(evaluation: Path) -> dict[str, float]:
+    """Of a trial on the embedded world that `caldpo evaluate` has sampled; nothing of others."""
+    if not evaluation.exists():
+        return {}
+    found = read_json(evaluation, "delete it; `caldpo evaluate` writes it again")
+    return {name: value for name, value in found.items() if name.startswith("world/")}
+
+
+def _trial(line: Mapping[str, Any], world: Mapping[str, float]) -> Trial:
     metrics = {
         name.removeprefix("report/"): float(value)
         for name, value in line.items()
         if name.startswith("report/") and value is not None
     }
     names = (line["trial"], line["objective"], line["point"], line["seed"])
-    return Trial(*names, line["parameters"], line["state"], metrics)
+    return Trial(*names, line["parameters"], line["state"], metrics | dict(world))
 
 
 def _leader_board(found: Mapping[str, Any]) -> list[str]:
     rows = [
         [place, page.Named(line["objective"], _describe(line.get("parameters", {}))), line["mean"],
-         page.Interval(line["interval"]) if line.get("interval") else None, line.get("standard_error"), line.get("seeds")]
+         _ends(line), line.get("standard_error"), line.get("seeds")]
         for place, line in enumerate(found["leader_board"], start=1)
     ]  # fmt: skip
     header = ["", "objective", found["metric"], "95 % interval", "standard error", "seeds"]
     note = "The best point of each objective was chosen on the selection half of the held-out rows; these are the report half."
     return [page.table(header, rows), page.paragraph(note, "quiet") if rows else ""]
+
+
+def _ends(line: Mapping[str, Any]) -> page.Interval | None:
+    """A single seed has no interval."""
+    ends = line.get("interval")
+    return None if ends is None or None in ends else page.Interval(ends)
 
 
 def _describe(parameters: Mapping[str, Any]) -> str:
@@ -320,10 +342,7 @@ def _describe(parameters: Mapping[str, Any]) -> str:
 
 def _differences(found: Mapping[str, Any]) -> list[str]:
     differences: Iterable[Mapping[str, Any]] = found.get("differences_to_dpo") or []
-    rows = [
-        [page.Named(each["objective"], each.get("text", "")), each["mean"], page.Interval(each["interval"])]
-        for each in differences
-    ]
+    rows = [[page.Named(each["objective"], each.get("text", "")), each["mean"], _ends(each)] for each in differences]
     return [page.table(["objective", f"{found['metric']}, minus that of DPO", "95 % interval"], rows)]
 
 
@@ -339,18 +358,27 @@ def _sweep_cost(found: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -
     objectives = list(dict.fromkeys(trial["objective"] for trial in trials))
     rows = [line(name, [trial for trial in trials if trial["objective"] == name]) for name in objectives]
     header = ["objective", "trials", "completed", "stopped", "failed", "rows", "policy s", "reference s", "waiting s"]
-    reference = found.get("reference") or {}
-    said = (
-        f"The reference scored {page.show(reference.get('rows_scored'))} rows once for all trials;"
-        f" {page.show(reference.get('rows_joined'))} more were joined from the store, which saved"
-        f" {page.show(reference.get('seconds_saved'))} s of scoring."
+    return [page.table(header, [*rows, line("all", trials)]), _describe_reference(found.get("reference") or {})]
+
+
+def _describe_reference(facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return ""
+    saved = facts.get("seconds_saved")
+    return page.paragraph(
+        f"The reference scored {page.show(facts.get('rows_scored'))} rows, once for all trials;"
+        f" {page.show(facts.get('rows_joined'))} were known before."
+        + ("" if saved is None else f" Scoring for every trial would have taken {page.show(saved)} s more.")
     )
-    return [page.table(header, [*rows, line("all", trials)]), page.paragraph(said) if reference else ""]
 
 
 def _spaces(found: Mapping[str, Any]) -> str:
-    spaces: Mapping[str, Any] = found.get("objectives") or {}
-    return page.facts_table({name: _describe(space) for name, space in spaces.items()})
+    """Per objective what was held fixed, and what was searched."""
+    shown = {}
+    for name, space in (found.get("objectives") or {}).items():
+        fixed, searched = space.get("objective", {}), ", ".join(space.get("searched", []))
+        shown[name] = f"searched: {searched}; default: {_describe(fixed)}" if searched or fixed else _describe(space)
+    return page.facts_table(shown)
 
 
 def _trial_table(metric: str, trials: Sequence[Mapping[str, Any]]) -> str:

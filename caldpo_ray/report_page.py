@@ -158,9 +158,8 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return (
-            f"{value:.4g}".replace("-", "−").replace("e−0", "e−").replace("e+0", "e") if math.isfinite(value) else "∞"
-        )
+        text = f"{value:.4g}" if math.isfinite(value) else f"{'-' * (value < 0)}∞"
+        return text.replace("-", "−").replace("e−0", "e−").replace("e+", "e").replace("e0", "e")
     return str(value)
 
 
@@ -177,7 +176,8 @@ def figures(pictures: Iterable[Picture]) -> str:
 
 def folded(summary: str, inner: str, printed: bool = True) -> str:
     """HTML that is there when it is asked for, and in print unless that would be pages of little use."""
-    return f"<details{'' if printed else ' class=screen'}><summary>{escape(summary)}</summary>\n{inner}\n</details>" if inner else ""
+    kind = "" if printed else ' class="screen"'
+    return f"<details{kind}><summary>{escape(summary)}</summary>\n{inner}\n</details>" if inner else ""
 
 
 def verbatim(text: str) -> str:

@@ -58,8 +58,9 @@ class SweepFacts:
         return list(dict.fromkeys(trial.objective for trial in self.trials))
 
     def points(self) -> list[list[Trial]]:
-        """The trials that have the metric, by hyper-parameter point."""
-        having = [trial for trial in self.trials if np.isfinite(trial.metrics.get(self.metric, np.nan))]
+        """The trials that have the metric and did not fail, by hyper-parameter point."""
+        alive = [trial for trial in self.trials if trial.state != "failed"]
+        having = [trial for trial in alive if np.isfinite(trial.metrics.get(self.metric, np.nan))]
         having.sort(key=lambda trial: (self.objectives.index(trial.objective), trial.point, trial.seed))
         return [list(group) for _, group in groupby(having, key=lambda trial: (trial.objective, trial.point))]
 
@@ -89,14 +90,15 @@ def _mean(trials: Sequence[Trial], metric: str) -> float:
 
 def _leader_board(facts: SweepFacts) -> Picture | None:
     title = "Leader board"
-    board = [line for line in facts.leader_board if line.get("interval") and line["objective"] in facts.objectives]
+    board = [line for line in facts.leader_board if line["objective"] in facts.objectives]
     if not board:
         return None
     with sheet(title, panel_inches=0.9 + 0.34 * len(board)) as drawing:
         axes = drawing.panels[0]
         for place, line in enumerate(reversed(board)):
             colour, marker, _ = _style(facts, line["objective"])
-            low, high = line["interval"]
+            ends = line.get("interval") or (None, None)
+            low, high = (line["mean"] if end is None else end for end in ends)  # a single seed has no interval
             bars = np.clip([[line["mean"] - low], [high - line["mean"]]], 0, None)
             axes.errorbar(line["mean"], place, xerr=bars, fmt=marker, color=colour, capsize=4)
         axes.set_yticks(range(len(board)), [_label(line) for line in reversed(board)])

@@ -106,6 +106,14 @@ def write_sweep(folder: Path, objectives: Sequence[str] = tuple(BETAS), seeds: i
                 for seed in range(seeds):
                     lines.append(_trial(rng, number, objective, at, beta, rate, seed, len(lines)))
     folder.mkdir(parents=True)
+    for line in lines:
+        kl = line["report/logratios/margins"]
+        if kl is not None:  # what `caldpo evaluate` leaves in the run of a trial on the world
+            trial = folder / "trials" / line["trial"]
+            trial.mkdir(parents=True)
+            (trial / "eval.json").write_text(
+                json.dumps({"world/kl": kl, "world/true_reward": 1.1 * kl**0.5, "loss": 1.0})
+            )
     pq.write_table(pa.Table.from_pylist(lines), folder / "trials.parquet")
     (folder / "sweep.json").write_text(json.dumps(_results(objectives, lines)))
     return folder
@@ -128,7 +136,6 @@ def _trial(
             for half in ("selection", "report")
             for name, value in (
                 ("rewards/accuracies", accuracy), ("logratios/chosen", -kl / 2), ("logratios/margins", kl),
-                ("world/kl", kl), ("world/true_reward", 1.1 * np.sqrt(kl) - 0.05 * number),
             )
         },
     }  # fmt: skip
@@ -149,7 +156,11 @@ def _results(objectives: Sequence[str], lines: list[dict[str, Any]]) -> dict[str
         )  # fmt: skip
     return {
         "name": "which <loss>?", "metric": "rewards/accuracies", "mode": "max", "seeds": 3,
-        "objectives": {name: {"objective.beta": list(BETAS[name])} for name in objectives}, "leader_board": board,
+        "objectives": {
+            name: {"objective": {"name": name, "beta": 0.1}, "searched": ["objective.beta", "train.learning_rate"]}
+            for name in objectives
+        },
+        "leader_board": board,
         "differences_to_dpo": [
             {"objective": "cal_dpo", "mean": 0.01, "interval": [-0.02, 0.04], "text": "within noise of DPO"}
         ],

@@ -10,9 +10,11 @@ from caldpo_ray.metrics import (
     calibration_bins,
     expected_calibration_error,
     finalise,
+    implicit_rewards,
     merge,
     num_compared,
     preference_metrics,
+    row_metrics,
     row_tensors,
 )
 from caldpo_ray.objectives import get_objective
@@ -197,6 +199,22 @@ def test_every_row_weighs_one_however_many_pairs_it_has():
     # The row without a pair is a row of the loss (which it lowers) and of nothing else.
     losses = objective(policy, reference, lengths, response_scores=scores).losses
     assert means["loss"] == pytest.approx((losses[:3].sum() / 4).item())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("cal_dpo", {"beta": 0.1}), ("cpo", {}), ("sft", {})])
+def test_rows_sum_to_the_whole(name, parameters):
+    objective, (policy, reference, lengths, scores, weights) = get_objective(name, **parameters), wide_batch()
+    output = objective(policy, reference, lengths, response_scores=scores)
+    rows = row_metrics(objective, output, policy, reference, lengths, scores, weights)
+    whole = preference_metrics(objective, output, policy, reference, lengths, scores, weights)
+    assert set(rows) == set(whole)
+    for key, (value, weight) in rows.items():
+        assert value.shape == weight.shape == (5,) and value[3] == weight[3] == 0, "row 3 is padding"
+        torch.testing.assert_close((value.sum(), weight.sum()), whole[key], rtol=1e-12, atol=1e-12)
+    if name != "sft":  # row 1 has two pairs, which share its weight
+        rewards = implicit_rewards(objective, policy, reference, lengths)[1]
+        expected = (rewards[0] - rewards[1] + rewards[0] - rewards[2]) / 2
+        assert rows["rewards/margins"][0][1] == pytest.approx(expected.item())
 
 
 def test_padding_rows_change_nothing():
