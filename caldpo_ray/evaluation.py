@@ -98,12 +98,7 @@ def evaluate(
     }
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
-    write_atomically(subject.home / "audit.jsonl", "".join(json.dumps(line) + "\n" for line in findings))
-    write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
-    say("\n".join([f"{len(numbers)} held-out rows, [95 % intervals]:", *table(result)]))
-    say(
-        f"rows to look at, in audit.jsonl: {_describe_audit(result['audit'])}\nevaluation in {subject.home / 'eval.json'}"
-    )
+    _conclude(subject.home, result, findings)
     return result
 
 
@@ -282,6 +277,15 @@ def _describe_rows(
         "audit": count_findings(findings, training is not None),
     }
     return metrics, findings
+
+
+def _conclude(home: Path, result: dict[str, Any], findings: list[dict[str, Any]]) -> None:
+    """Write both files and show what one looks at first."""
+    write_atomically(home / "audit.jsonl", "".join(json.dumps(line) + "\n" for line in findings))
+    write_atomically(home / "eval.json", json.dumps(result, indent=1))
+    say("\n".join([f"{result['eval_rows']} held-out rows, [95 % intervals]:", *table(result)]))
+    say(f"rows to look at, in {home / 'audit.jsonl'}: {_describe_audit(result['audit'])}")
+    say(f"evaluation in {home / 'eval.json'}")
 
 
 def _training_rows(subject: Subject) -> tuple[RowCache, Indices] | None:
