@@ -193,7 +193,7 @@ def _cost(
     if trained:
         pairs, tokens = (sorted(line[f"{unit}_per_second"] for line in trained) for unit in ("pairs", "tokens"))
         middle = len(trained) // 2
-        facts["Throughput (median)"] = f"{pairs[middle]:,.4g} pairs/s, {tokens[middle]:,.4g} tokens/s"
+        facts["Throughput (median)"] = f"{page.show(pairs[middle])} pairs/s, {page.show(tokens[middle])} tokens/s"
         if all("mfu" in line for line in trained):
             facts["Model FLOPs utilisation (median)"] = f"{sorted(line['mfu'] for line in trained)[middle]:.1%}"
     return facts

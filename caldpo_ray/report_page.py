@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ footer { margin-top: 2.5rem; font-size: .85rem; color: var(--quiet); }
   .facts, .facts tbody, .facts tr, .facts th, .facts td { display: block; width: auto; }
   .facts th { border: 0; padding-bottom: 0; }
   .facts td { padding-top: 0; }
+  .wide table { font-size: .82rem; }
+  td.number { white-space: normal; }
 }
 @media print {
   html { font-size: 12px; }
@@ -93,9 +96,10 @@ def section(title: str, *parts: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """`kind` is a class of the style: `quiet` or `verdict`."""
+    """Text, with what is to be typed between backticks; `kind` is a class of the style: `quiet` or `verdict`."""
     attribute = f' class="{escape(kind)}"' if kind else ""
-    return f"<p{attribute}>{escape(text)}</p>"
+    inner = re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+    return f"<p{attribute}>{inner}</p>"
 
 
 def facts_table(facts: Mapping[str, Any]) -> str:
@@ -147,10 +151,10 @@ class Interval(tuple[float, float]):
     """Both ends, shown as [low, high]."""
 
 
-def show(value: Any) -> str:
-    """A value as people read it: four digits that count, thousands apart, a dash for nothing."""
+def show(value: Any, digits: int = 4) -> str:
+    """A value as people read it: the digits that count, thousands apart, a dash for nothing."""
     if isinstance(value, Interval):
-        return f"[{show(value[0])}, {show(value[1])}]"
+        return f"[{show(value[0], 3)}, {show(value[1], 3)}]"
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool):
@@ -158,7 +162,9 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        text = f"{value:.4g}" if math.isfinite(value) else f"{'-' * (value < 0)}∞"
+        if 10 ** (digits - 1) <= abs(value) < 1e9:
+            return f"{value:,.0f}".replace("-", "−")
+        text = f"{value:.{digits}g}" if math.isfinite(value) else f"{'-' * (value < 0)}∞"
         return text.replace("-", "−").replace("e−0", "e−").replace("e+", "e").replace("e0", "e")
     return str(value)
 

@@ -28,6 +28,7 @@ from caldpo_ray.drawing import (
 Line = Mapping[str, Any]
 
 ROWS_AXIS = "rows trained on"
+FEW_ROWS = 10  # in a bin of the calibration plot
 LEAST_WAIT_SECONDS = 1e-4  # what is less is drawn as this: the axis is logarithmic
 
 
@@ -284,7 +285,15 @@ def _reliability(facts: RunFacts) -> Picture | None:
     with sheet(title, num_panels=2, panel_inches=3.0, ratios=(1, 0.35)) as drawing:
         upper, lower = drawing.panels
         upper.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", label="calibrated")
-        upper.errorbar(confidence, outcome, yerr=bars, fmt="o-", color=BLUE, capsize=3, label="policy, 95 % interval")
+        for here, alpha, label in (
+            (rows >= FEW_ROWS, 1.0, "policy, 95 % interval"),
+            (rows < FEW_ROWS, 0.3, f"fewer than {FEW_ROWS} rows"),
+        ):
+            if here.any():
+                upper.errorbar(
+                    confidence[here], outcome[here], yerr=bars[:, here], fmt="o", color=BLUE, capsize=3, alpha=alpha,
+                    label=label,
+                )  # fmt: skip
         lower.bar(confidence, rows, width=0.02, color=BLUE)
         upper.set(ylabel="share ordered as the data", xlim=(0.49, 1.01))
         lower.set(xlabel="confidence of the policy, $\\sigma(|$reward margin$|)$", ylabel="rows")

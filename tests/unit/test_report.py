@@ -204,9 +204,12 @@ def test_running_mean_is_over_fewer_values_at_the_ends_and_leaves_out_what_is_no
 
 
 def test_numbers_as_people_read_them() -> None:
-    shown = [show(value) for value in (1234567, 0.123456, -5e-7, 2e13, None, float("nan"), float("-inf"), True)]
-    assert shown == ["1,234,567", "0.1235", "−5e−7", "2e13", "–", "–", "−∞", "yes"]
-    assert show(Interval((-1.5, 2.0))) == "[−1.5, 2]"
+    shown = [
+        show(value)
+        for value in (1234567, 0.123456, 1331.4, -23456.7, -5e-7, 2e13, None, float("nan"), float("-inf"), True)
+    ]
+    assert shown == ["1,234,567", "0.1235", "1,331", "−23,457", "−5e−7", "2e13", "–", "–", "−∞", "yes"]
+    assert show(Interval((-1.5, 0.12345))) == "[−1.5, 0.123]"
 
 
 # -- a sweep -------------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def test_the_page_of_a_sweep(tmp_path: Path) -> None:
         "which <loss>?", "cal_dpo leads, but its lead over dpo is within noise.", "within noise of DPO", "[−0.02, 0.04]",
         "The reference scored 4,500 rows, once for all trials; 319,500 were known before", "the loss is not finite",
         "searched: objective.beta, train.learning_rate; default: name = ipo, beta = 0.1",
-        "cal_dpo 18 17 0 1 72,000 360", "all 72 68 0 4 288,000 1440",
+        "cal_dpo 18 17 0 1 72,000 360", "all 72 68 0 4 288,000 1,440",
     ):  # fmt: skip
         assert fact in text, fact
 
