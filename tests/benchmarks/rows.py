@@ -195,10 +195,9 @@ def job(folder: Path, config: Config, key: str) -> ReferenceJob:
 
 def _answer(job: ReferenceJob, folders: list[str], order: Indices, feed: Any) -> Iterator[tuple[Indices, Floats]]:
     """In place of the model: as many answers as one request has, of log-probs that follow from the response's number."""
-    first = RowCache(folders).first_response
+    rows = RowCache(folders)
     for start in range(0, len(order), reference.ROWS_PER_REQUEST):
-        rows = order[start : start + reference.ROWS_PER_REQUEST]
-        responses = np.concatenate([np.arange(first[row], first[row + 1]) for row in rows])
+        responses = rows.responses_of(order[start : start + reference.ROWS_PER_REQUEST])
         yield responses, -(responses % 1000).astype(np.float32)
 
 
