@@ -118,7 +118,8 @@ def write_source(folder: Path, num_rows: int) -> Path:
             text = words[rng.integers(0, len(words), PROMPT_WORDS + 2 * RESPONSE_WORDS)].tolist()
             ends = PROMPT_WORDS, PROMPT_WORDS + RESPONSE_WORDS
             parts = [" ".join(part) for part in (text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :])]
-            file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))) + "\n")
+            prompt, chosen, rejected = parts
+            file.write(json.dumps({"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}) + "\n")
     partial.rename(path)
     return path
 
@@ -345,6 +346,17 @@ def measure_feed(folder: Path, num_rows: int) -> Iterator[Line]:
             )  # fmt: skip
             yield through_ray(served, num_rows, batch_size, world_size, name)
             ray.kill(served)
+        yield empty_calls(num_rows, actor.remote(config, folders, job(Path(scratch), config, "key")))
+
+
+def empty_calls(num_rows: int, served: Any) -> Line:
+    """What Ray itself takes for a call of an actor that is asked for a number: rows are calls here."""
+    import ray
+
+    before, started = ray.get(served.cpu_seconds.remote()), time.monotonic()
+    ray.get([served.cpu_seconds.remote() for _ in range(MAX_CALLS)])
+    seconds, cpu = time.monotonic() - started, ray.get(served.cpu_seconds.remote()) - before
+    return Line(num_rows, "Ray: empty calls of the actor", MAX_CALLS, seconds, MAX_CALLS / cpu, None, "calls, not rows")
 
 
 def through_ray(served: Any, num_rows: int, batch_size: int, world_size: int, name: str) -> Line:
