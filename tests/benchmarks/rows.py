@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ SHAPES = ((64, 2), (64, 64), (512, 64))  # rows per global batch, ranks
 
 @dataclass(frozen=True)
 class Line:
-    """`processed` rows of a source of `rows` took so long; `cores` is what `rows_per_second` was divided by, if anything."""
+    """`processed` rows of a source of `rows` took so many seconds; `mib` is the rise of memory."""
 
     rows: int
     stage: str
@@ -413,16 +413,6 @@ def measure(stage: str, folder: Path, num_rows: int) -> list[Line]:
     return lines
 
 
-@contextmanager
-def scratch_folder(kept: Path | None) -> Iterator[Path]:
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
-        return
-    with tempfile.TemporaryDirectory(prefix="caldpo-rows-") as folder:
-        yield Path(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of data, reference and feed as rows grow.")
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -436,7 +426,9 @@ def main() -> None:
             print(json.dumps(asdict(line)), flush=True)
         return
     lines: list[Line] = []
-    with scratch_folder(options.folder) as folder:
+    kept = options.folder
+    with tempfile.TemporaryDirectory(prefix="caldpo-rows-") if kept is None else nullcontext(kept) as name:
+        folder = Path(name)
         write_world(folder)
         for num_rows in options.rows:
             for stage in [stage for stage in STAGES if stage in options.only]:
