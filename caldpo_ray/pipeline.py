@@ -3,11 +3,10 @@
 Every stage knows its own input; only this module knows their order. `train` returns when the model lies in the run directory.
 """
 
-import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,11 +38,17 @@ from caldpo_ray.run_dir import (
     read_metrics,
     require_lasting_folders,
 )
-from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_json, write_atomically
+from caldpo_ray.storage import (
+    full_disk_told,
+    is_complete,
+    make_folder,
+    open_path,
+    ray_train_storage,
+    read_json,
+    write_atomically,
+)
 from caldpo_ray.store import ReferenceStore, store_key
 from caldpo_ray.user_code import require_objective
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def train(
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)
-    with _full_disk_told(config.run_dir):
+    with full_disk_told(config.run_dir):
         return _train(config, fresh, verbose)
 
 
@@ -92,7 +97,7 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     run.write_status("running", None, "", identity)
     try:
         connect(verbose)
-        with _full_disk_told(config.run_dir):
+        with full_disk_told(config.run_dir):
             prepared = prepare(config, run)
             fit(prepared)
             finish(prepared)
@@ -115,18 +120,6 @@ def _write_end(run: RunDir, config: Config, identity: str, error: BaseException)
         run.write_status("failed", 3, str(error), identity)
     else:
         run.write_status("failed", 1, last_line(error), identity)
-
-
-@contextmanager
-def _full_disk_told(run_dir: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise RunError(
-            f"{error.filename or run_dir}: cannot be written ({error.strerror}); make room there, and the same command goes on"
-        ) from error
 
 
 def _refuse_what_failed_before(config: Config, run: RunDir) -> None:

@@ -17,7 +17,8 @@ import caldpo_ray
 from caldpo_ray.storage import local_copy, open_path, read_bytes
 from tests.conftest import wait_until
 
-TIMES = ("pairs_per_second", "tokens_per_second", "wait/reference_seconds", "wait/feed_seconds", "mfu")
+WAITS = ("wait/reference_seconds", "wait/feed_seconds", "wait/checkpoint_seconds")
+TIMES = ("pairs_per_second", "tokens_per_second", "mfu", *WAITS)
 
 
 def write_config(folder: Path, world: Path, **sections: dict[str, Any]) -> Path:

@@ -46,6 +46,7 @@ LAYERS = [
         "model_card",
         "progress",
         "trainer",
+        "uploads",
         "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},
