@@ -27,6 +27,7 @@ from caldpo_ray.placement import OWN_CLUSTER, require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
     ReferenceJob,
+    ReferenceProgress,
     reference_model,
 )
 from caldpo_ray.run_dir import (
@@ -292,7 +293,7 @@ def fit(prepared: Prepared) -> None:
             raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
     progress = ray.get(feed.progress.remote())
     progress.raise_failure()
-    write_manifest(prepared, progress.places.values())
+    write_manifest(prepared, progress.places.values(), progress.reference)
     ray.kill(feed)
 
 
@@ -346,8 +347,11 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
     }
 
 
-def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
-    """What this run was trained on and against, and where: versions, digests, store key, processes."""
+def write_manifest(prepared: Prepared, places: Iterable[Place], scoring: ReferenceProgress | None = None) -> None:
+    """What this run was trained on and against, and where: versions, digests, store key, processes.
+
+    `scoring` is what the reference did in the attempt that ended.
+    """
     from importlib.metadata import version
 
     packages = ("caldpo-ray", "ray", "torch", "transformers", "deepspeed", "peft")
@@ -356,7 +360,11 @@ def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
         "policy": {"path": prepared.config.model.name_or_path, "digest": prepared.policy.weights},
         "reference": None
         if prepared.job is None
-        else {"path": prepared.job.model.name_or_path, "key": prepared.job.key},
+        else {
+            "path": prepared.job.model.name_or_path,
+            "key": prepared.job.key,
+            "scoring": None if scoring is None else asdict(scoring),
+        },
         "rows": [{"cache": fact.folder.name, "rows": fact.num_rows, "bad": fact.num_bad} for fact in prepared.facts],
         "train_rows": prepared.num_train,
         "eval_rows": prepared.num_eval,

@@ -152,7 +152,7 @@ class PolicyWorker:
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
         self.evaluated: dict[str, float] = {}
-        self.uploads = Uploads(self.run.path, partial(tell_failure, settings))
+        self.uploads = Uploads(self.run.path, self.rank, partial(tell_failure, settings))
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         if self.rank == 0:

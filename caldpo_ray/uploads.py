@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from safetensors import SafetensorError
 
@@ -32,11 +31,11 @@ UNWRITTEN = ("inline_container", "PytorchStreamWriter", "I/O error")
 class Uploads:
     """The checkpoint and the model of one rank that are on their way. At most one of each, so that they need bounded room."""
 
-    def __init__(self, run_dir: Path, tell: Callable[[Exception], Any]) -> None:
+    def __init__(self, run_dir: Path, rank: int, tell: Callable[[Exception], Any]) -> None:
         """`tell` gets what an upload fails with, in its thread; Ray Train then stops the group, whatever the loop does."""
-        self._checkpoints, self._tell = run_dir / "checkpoints", tell
+        self._checkpoints, self._rank, self._tell = run_dir / "checkpoints", rank, tell
         run = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
-        self._scratch = f"caldpo-checkpoint-{run}-{dist.get_rank()}-"
+        self._scratch = f"caldpo-checkpoint-{run}-{rank}-"
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a worker of this rank that was killed
             shutil.rmtree(left, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "model")
@@ -52,7 +51,7 @@ class Uploads:
         with writing(tempfile.gettempdir()):
             folder = Path(tempfile.mkdtemp(prefix=self._scratch))
             checkpoint.save(engine, state, folder)
-        if dist.get_rank() == 0:
+        if self._rank == 0:
             # A kill may have left a part of it there, written by another number of workers.
             with suppress(FileNotFoundError):
                 remove_tree(self._checkpoints / name)
