@@ -5,7 +5,6 @@ count of the global batch, so accumulation and sharding do not change it.
 """
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
+from caldpo_ray.optimizers import learning_rate, make_optimizer
 from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
@@ -39,34 +39,6 @@ from caldpo_ray.storage import open_path
 from caldpo_ray.uploads import Uploads
 
 PREFETCH_STEPS = 2
-
-
-def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant, or decay to zero."""
-    warmup = math.ceil(train.warmup_ratio * num_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    if train.lr_scheduler == "constant":
-        return train.learning_rate
-    done = (step - warmup) / max(1, num_steps - warmup)
-    share = 1 - done if train.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return train.learning_rate * share
-
-
-def make_optimizer(model: torch.nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """AdamW, or the RMSprop of the Cal-DPO paper; norms and biases are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trainable, "weight_decay": 0.0}]
-    if train.weight_decay:
-        # Under zero.Init a parameter is empty on this rank and keeps its shape in ds_shape.
-        matrices = {id(p) for p in trainable if len(vars(p).get("ds_shape", p.shape)) > 1}
-        groups = [
-            {"params": [p for p in trainable if id(p) in matrices], "weight_decay": train.weight_decay},
-            {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
-        ]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)  # one pass over each parameter
-    return torch.optim.RMSprop(groups, lr=train.learning_rate)
 
 
 def set_up_process(train: TrainSection) -> torch.device:

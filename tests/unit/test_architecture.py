@@ -27,6 +27,7 @@ LAYERS = [
         "tokenization",
         "batching",
         "deepspeed_config",
+        "optimizers",
         "flops",
         "preview",
         "user_code",

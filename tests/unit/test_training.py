@@ -7,7 +7,8 @@ from caldpo_ray.batching import Schedule
 from caldpo_ray.config import Config, TrainSection
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import open_loggers, scalars
-from caldpo_ray.training import PolicyWorker, learning_rate, make_optimizer
+from caldpo_ray.optimizers import learning_rate, make_optimizer
+from caldpo_ray.training import PolicyWorker
 
 
 @pytest.mark.parametrize(
