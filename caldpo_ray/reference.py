@@ -54,6 +54,7 @@ class ReferenceScorer:
         if feed is not None:
             feed.place.remote(this_place("reference actor"))
         self._told = ""
+        self._answered: float | None = None
         self._batch_tokens = job.settings.batch_tokens
         num_gpus = job.settings.num_gpus_per_actor if torch.cuda.is_available() else 0
         try:
@@ -69,7 +70,19 @@ class ReferenceScorer:
         self._scorer.layout = choose_layout(self._scorer).layout
 
     def __call__(self, request: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Rows asked for by number; one answer per response: its flat number, and its log-prob in nats."""
+        """Rows asked for by number; one answer per response: its flat number, and its log-prob in nats.
+
+        The first one of a request says how long the request took, and how long this actor had waited for it.
+        """
+        started = time.monotonic()
+        answers = self._answers(request)
+        seconds = np.zeros((2, len(answers["response"])))
+        waited = 0.0 if self._answered is None else started - self._answered
+        self._answered = time.monotonic()
+        seconds[:, 0] = self._answered - started, waited
+        return answers | {"busy_seconds": seconds[0], "idle_seconds": seconds[1]}
+
+    def _answers(self, request: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         from caldpo_ray.scoring import score_rows
 
         if self._told:
@@ -106,6 +119,19 @@ class ReferenceProgress:
     joined: int = 0
     scored: int = 0
     seconds: float = 0.0
+    """From the first request to the newest answer, with the start of the actors."""
+    busy_seconds: float = 0.0
+    """Scoring, summed over the actors."""
+    idle_seconds: float = 0.0
+    """Between two requests, summed over the actors."""
+
+    def describe(self) -> str:
+        """One clause; with the speed and the idle share of the actors once there were any."""
+        text = f"reference log-probs: {self.joined} known, {self.scored} scored of {self.wanted}"
+        if not self.scored:
+            return text
+        idle = self.idle_seconds / (self.busy_seconds + self.idle_seconds)
+        return f"{text} ({self.scored / self.seconds:.0f}/s, actors idle {idle:.0%} of their time)"
 
 
 @dataclass
@@ -158,7 +184,8 @@ def reference_logps(
     writer = _Writer(job.store, distinct, rows.response_lengths())
     started = time.monotonic()
     try:
-        for responses, logps in _score(job, folders, np.concatenate([complete[:NUM_PROBES], missing]), feed):
+        order = np.concatenate([complete[:NUM_PROBES], missing])
+        for responses, logps in _score(job, folders, order, feed, progress):
             numbers = distinct.of_response[responses]
             _check_answers(rows, writer.lengths, responses, logps, known[numbers], job)
             new, at = np.unique(numbers[np.isnan(known[numbers])], return_index=True)
@@ -234,7 +261,9 @@ def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np
     return 1e-3 + 1e-4 * tokens if dtype == "float32" else 0.5 + 0.02 * tokens
 
 
-def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None) -> Iterator[tuple[Indices, Floats]]:
+def _score(
+    job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None, progress: ReferenceProgress
+) -> Iterator[tuple[Indices, Floats]]:
     """One Ray Data execution: row numbers in, through the actor pool, answers out."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
@@ -259,6 +288,8 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | No
         )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         raise_told(str(batch["error"][0]))
+        progress.busy_seconds += float(batch["busy_seconds"].sum())
+        progress.idle_seconds += float(batch["idle_seconds"].sum())
         yield batch["response"], batch["logp"]
 
 

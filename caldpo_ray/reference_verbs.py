@@ -27,9 +27,9 @@ def build_reference(config: Config, verbose: bool = False) -> None:
     said = time.monotonic()
     for _ in _translated(reference_logps_for_driver(prepared.job, prepared.folders, order, progress)):
         if time.monotonic() - said >= PLAIN_SECONDS:
-            say(f"reference: {progress.joined} known, {progress.scored} scored of {progress.wanted}")
+            say(progress.describe())
             said = time.monotonic()
-    say(f"reference: {progress.joined} known, {progress.scored} scored of {progress.wanted} distinct responses")
+    say(progress.describe())
     assert prepared.job.store is not None
     say(f"reference: complete in {prepared.job.store.folder}")
 
