@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.inputs import RATIOS, make_model, world_pairs, world_rows, write_lines
-from tests.benchmarks.systems import Setting, our_config, run_trl, train
+from tests.benchmarks.systems import Setting, our_config, own_folder, run_trl, train
 
-ROWS = 32
+BATCHES = 4  # in an epoch
 LISTS = (160, 80)  # mean tokens of a prompt and of a response, where k varies
 
 
@@ -24,53 +24,55 @@ class Point:
     prompt_tokens: int
     response_tokens: int
     k: int = 2
-    workers: int = 1
+    workers: int | None = None  # None: as many as elsewhere
     with_trl: bool = False
 
 
-def points() -> list[Point]:
+def points(most_workers: int) -> list[Point]:
+    """`most_workers`: how many the machine has room for, at least one."""
     even = RATIOS["1:1"]
     return [
-        *(Point(f"{count} worker{'s' * (count > 1)}", *even, workers=count) for count in (1, 2)),
+        *(Point(f"{count} worker{'s' * (count > 1)}", *even, workers=count) for count in (1, 2)[:most_workers]),
         *(Point(f"k = {k}", *LISTS, k=k) for k in (2, 4, 8)),
         *(Point(f"prompt:response {name}", *lengths, with_trl=True) for name, lengths in RATIOS.items()),
     ]
 
 
-def measure(setting: Setting, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def measure(setting: Setting, wanted: list[Point], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """One entry per point."""
     folder = Path(tempfile.mkdtemp(dir=setting.folder))
     tokenizer_texts = write_lines(folder / "texts.jsonl", world_pairs(200, *RATIOS["1:1"], seed=0))
     setting = replace(setting, folder=folder, model=make_model(str(tokenizer_texts), folder))
-    for point in points():
+    for point in wanted:
         started = time.monotonic()
-        found = measure_point(replace(setting, workers=point.workers), point)
+        found = measure_point(replace(setting, workers=point.workers or setting.workers), point)
         yield found
         trl = f", TRL {found['trl_pairs_per_second']:.2f}" if point.with_trl else ""
         say(f"{point.name}: {found['pairs_per_second']:.2f} pairs/s{trl} ({time.monotonic() - started:.0f} s)")
 
 
 def measure_point(setting: Setting, point: Point) -> dict[str, Any]:
-    folder = Path(tempfile.mkdtemp(dir=setting.folder))
-    rows = world_rows(ROWS, point.prompt_tokens, point.response_tokens, point.k, seed=1)
-    ours = replace(setting, rows=write_lines(folder / "rows.jsonl", rows))
-    config = our_config(ours, folder, folder / "store", lora=False)
-    lines, _ = train(config, folder, (*setting.overrides, "train.epochs=2"))
-    second = lines[len(lines) // 2 :]
-    pairs_per_row = point.k * (point.k - 1) / 2
-    seconds = sum(setting.batch_size * pairs_per_row / line["pairs_per_second"] for line in second)
-    tokens = sum(
-        line["tokens_per_second"] * setting.batch_size * pairs_per_row / line["pairs_per_second"] for line in second
-    )
+    num_rows = BATCHES * setting.batch_size
+    rows = world_rows(num_rows, point.prompt_tokens, point.response_tokens, point.k, seed=1)
+    with own_folder(setting) as folder:
+        ours = replace(setting, rows=write_lines(folder / "rows.jsonl", rows))
+        config = our_config(ours, folder, folder / "store", lora=False)
+        lines, _ = train(config, folder, (*setting.overrides, "train.epochs=2"))
+    second_epoch = lines[BATCHES:]
+    num_pairs = point.k * (point.k - 1) / 2 * setting.batch_size  # of a batch
+    step_seconds = [num_pairs / line["pairs_per_second"] for line in second_epoch]
+    tokens = [line["tokens_per_second"] * span for line, span in zip(second_epoch, step_seconds, strict=True)]
+    seconds = sum(step_seconds)
     found: dict[str, Any] = {
         **vars(point),
-        "rows_per_second": ROWS / seconds,
-        "responses_per_second": ROWS * point.k / seconds,
-        "pairs_per_second": ROWS * pairs_per_row / seconds,
-        "tokens_per_second": tokens / seconds,
+        "workers": setting.workers,
+        "rows_per_second": num_rows / seconds,
+        "responses_per_second": num_rows * point.k / seconds,
+        "pairs_per_second": BATCHES * num_pairs / seconds,
+        "tokens_per_second": sum(tokens) / seconds,
     }
     if point.with_trl:
-        pairs = world_pairs(ROWS, point.prompt_tokens, point.response_tokens, seed=1)
-        theirs = run_trl(replace(setting, rows=write_lines(folder / "pairs.jsonl", pairs)))
+        pairs = world_pairs(num_rows, point.prompt_tokens, point.response_tokens, seed=1)
+        theirs = run_trl(replace(setting, rows=write_lines(setting.folder / "pairs.jsonl", pairs)))
         found["trl_pairs_per_second"] = theirs.rows_per_second
     return found

@@ -17,7 +17,8 @@ float32 weights and autocast; its residual stream stays float32 and the cast wei
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,22 +81,30 @@ class Measured:
 
 
 def run_trl(setting: Setting, precompute: bool = False, lora: bool = False) -> Measured:
-    folder = Path(tempfile.mkdtemp(dir=setting.folder))
     settings = {
-        "model": str(setting.model), "rows": str(setting.rows), "folder": str(folder), "gpu": setting.gpu,
+        "model": str(setting.model), "rows": str(setting.rows), "gpu": setting.gpu,
         "dtype": setting.dtype, "weights": setting.trl_weights if setting.dtype == "bfloat16" else setting.dtype,
         "batch_size": setting.batch_size, "max_length": MAX_LENGTH, "beta": BETA, "learning_rate": LEARNING_RATE,
         "precompute": precompute, "lora": LORA if lora else None,
     }  # fmt: skip
-    log = folder / "log"
-    seen = watch([sys.executable, "-m", "tests.benchmarks.trl_run", json.dumps(settings)], None, log)
-    found = json.loads(log.read_text().splitlines()[-1])
+    with own_folder(setting) as folder:
+        log = folder / "log"
+        settings["folder"] = str(folder)
+        seen = watch([sys.executable, "-m", "tests.benchmarks.trl_run", json.dumps(settings)], None, log)
+        found = json.loads(log.read_text().splitlines()[-1])
     began, *ends = found["step_ends"]
     seconds = [after - before for before, after in zip([began, *ends], ends, strict=False)]
     return Measured(
         found["losses"], seconds, setting.batch_size, FIRST_STEADY_STEP, began - seen.started, seen.ended - seen.started,
         seen.mib(), seen.gpu_mib, extra={key: found[key] for key in ("precompute_seconds", "num_threads")},
     )  # fmt: skip
+
+
+@contextmanager
+def own_folder(setting: Setting) -> Iterator[Path]:
+    """For one run: its checkpoints and models would fill a disk over a whole benchmark."""
+    with tempfile.TemporaryDirectory(dir=setting.folder) as folder:
+        yield Path(folder)
 
 
 def with_precompute(run: Measured) -> Measured:
@@ -129,22 +138,22 @@ def build_store(setting: Setting) -> Path:
     """The reference log-probs of all rows, made once for every run with a warm store (LoRA has the same reference)."""
     store = setting.folder / f"store-{setting.rows.stem}-{setting.dtype}"
     if not store.exists():
-        folder = Path(tempfile.mkdtemp(dir=setting.folder))
-        file = our_config(setting, folder, store, lora=False)
-        watch([*CALDPO, "reference", "build", str(file), *setting.overrides], None, folder / "log")
+        with own_folder(setting) as folder:
+            file = our_config(setting, folder, store, lora=False)
+            watch([*CALDPO, "reference", "build", str(file), *setting.overrides], None, folder / "log")
     return store
 
 
 def run_ours(setting: Setting, cold: bool = False, lora: bool = False) -> Measured:
     """`caldpo train` with the reference's answers in the store, or with an empty store."""
-    folder = Path(tempfile.mkdtemp(dir=setting.folder))
-    file = our_config(setting, folder, folder / "store" if cold else build_store(setting), lora)
-    lines, seen = train(file, folder, setting.overrides)
+    with own_folder(setting) as folder:
+        file = our_config(setting, folder, folder / "store" if cold else build_store(setting), lora)
+        lines, seen = train(file, folder, setting.overrides)
     seconds = [setting.batch_size / line["pairs_per_second"] for line in lines]
     asked = seen.first_line - seconds[0]
     return Measured(
-        [line["loss"] for line in lines], seconds, setting.batch_size, 0 if cold else FIRST_STEADY_STEP, asked - seen.started,
-        seen.ended - seen.started, seen.mib(), seen.gpu_mib,
+        [line["loss"] for line in lines], seconds, setting.batch_size, 0 if cold else FIRST_STEADY_STEP,
+        asked - seen.started, seen.ended - seen.started, seen.mib(), seen.gpu_mib,
         other_seconds=seen.scored_before(asked) if cold else 0.0,
         extra={"wait_seconds": sum(line["wait/reference_seconds"] + line["wait/feed_seconds"] for line in lines)},
     )  # fmt: skip

@@ -68,7 +68,7 @@ def run(system: System, setting: Setting) -> Measured:
 
 
 def check_losses(setting: Setting, tolerance: float) -> tuple[Runs, dict[str, Any]]:
-    """One run of TRL and one of ours; exits with code 1 where their losses differ."""
+    """One run of TRL and one of ours, which count as their first; exits with code 1 where their losses differ."""
     runs: Runs = {system: [run(system, setting)] for system in (TRL, OURS)}
     check = compare_losses(runs[OURS][0].losses, runs[TRL][0].losses, tolerance)
     say(f"losses of {check['steps']} steps agree to {check['largest_difference']:.1e}")
@@ -81,11 +81,11 @@ def peak_flops(setting: Setting) -> float:
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def measure_systems(setting: Setting, repetitions: int, runs: Runs) -> tuple[Runs, list[float]]:
+def measure_systems(setting: Setting, repetitions: int, runs: Runs, first_peak: float) -> tuple[Runs, list[float]]:
     """All systems in turn, as often as asked; `runs` holds what ran already. The best peak of each repetition."""
     peaks = []
     for repetition in range(repetitions):
-        found = [peak_flops(setting)]
+        found = [peak_flops(setting), *([] if repetition else [first_peak])]
         for system in SYSTEMS:
             several = runs.setdefault(system, [])
             if system is TRL_BOTH:
@@ -140,8 +140,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         say(
             f"{options.pairs} pairs; first the losses of both systems, then {options.repetitions} x {len(SYSTEMS) - 1} runs"
         )
+        first_peak = peak_flops(setting)
         runs, check = check_losses(setting, TOLERANCES[setting.dtype])
-        runs, peaks = measure_systems(setting, options.repetitions, runs)
+        runs, peaks = measure_systems(setting, options.repetitions, runs, first_peak)
         costs, parameters = costs_of(setting)
         rows = tokenised(setting.rows, setting.model)
         found: dict[str, Any] = {
@@ -157,9 +158,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             found["head_memory"] = head_memory.measure()
             write(found, options.output)
         if "scaling" not in options.skip:
-            say(f"scaling: {len(scaling.points())} points")
+            points = scaling.points(len(found["machine"]["gpus"]) if setting.gpu else 2)
+            say(f"scaling: {len(points)} points")
             found["scaling"] = []
-            for entry in scaling.measure(setting, say):
+            for entry in scaling.measure(setting, points, say):
                 found["scaling"].append(entry)
                 write(found, options.output)
     if options.rows:

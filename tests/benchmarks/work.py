@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from caldpo_ray.flops import ForwardCost
-from caldpo_ray.logprobs import concatenated_batch, shared_prefix_batch
+from caldpo_ray.logprobs import concatenated_batch, packed_batch
 from caldpo_ray.schema import Row
 
 TWICE = 2  # any number of chunks above one: backward computes the head's products once more
@@ -17,7 +17,7 @@ def our_flops(cost: ForwardCost, rows: Sequence[Row], with_reference: bool) -> f
 
     Without what a head in several chunks computes again: it depends on how rows meet in micro-batches.
     """
-    batch = shared_prefix_batch(rows, pad_id=0)
+    batch = packed_batch(rows, pad_id=0)
     return (cost.executed(batch, 1, True) + with_reference * cost.executed(batch, 1, False)) / len(rows)
 
 
