@@ -55,9 +55,9 @@ def packed_attention(
         raise ValueError(f"packed attention has no {', '.join(known or ['dropout'])}")
     if isinstance(mask, BlockMask):
         return _by_blocks(query, key, value, mask, scale)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     groups = _short_rows_together([tuple(lengths) for lengths in mask[0, 0].tolist()])
     sizes = [sum(map(sum, rows)) for rows in groups]
     queries, keys, values = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
