@@ -172,7 +172,7 @@ def reference_logps(
     known = np.full(len(distinct.digests), np.nan, np.float32)
     if job.store is not None:
         known = join(distinct.digests, *job.store.load())
-    wanted = distinct.of_response[_responses_of(rows, order)]
+    wanted = distinct.of_response[rows.responses_of(order)]
     progress.wanted = len(np.unique(wanted))
     hit = np.unique(wanted[~np.isnan(known[wanted])])
     progress.joined = len(hit)
@@ -187,7 +187,7 @@ def reference_logps(
         order = np.concatenate([complete[:NUM_PROBES], missing])
         for responses, logps in _score(job, folders, order, feed, progress):
             numbers = distinct.of_response[responses]
-            _check_answers(rows, responses, logps, known[numbers], job)
+            _check_answers(rows, writer.lengths, responses, logps, known[numbers], job)
             new, at = np.unique(numbers[np.isnan(known[numbers])], return_index=True)
             values = logps[np.isnan(known[numbers])][at]
             known[new] = values
@@ -225,7 +225,7 @@ def _reference_logps_and_progress(
 def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Floats) -> tuple[Indices, Indices]:
     """(rows that hold the first occurrence of an unknown response, rows that hold none), each in `order`."""
     counts = rows.response_counts()[order]
-    numbers = distinct.of_response[_responses_of(rows, order)]
+    numbers = distinct.of_response[rows.responses_of(order)]
     unknown = np.flatnonzero(np.isnan(known[numbers]))
     _, first = np.unique(numbers[unknown], return_index=True)
     places = np.repeat(np.arange(len(order)), counts)[unknown[first]]
@@ -234,15 +234,9 @@ def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Fl
     return order[needed], order[~needed]
 
 
-def _responses_of(rows: RowCache, order: Indices) -> Indices:
-    """Flat numbers of all responses of these rows, in order."""
-    first, counts = rows.first_response[order], rows.response_counts()[order]
-    ends = np.cumsum(counts)
-    inner = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return np.asarray(np.repeat(first, counts) + inner, np.int64)
-
-
-def _check_answers(rows: RowCache, responses: Indices, logps: Floats, stored: Floats, job: ReferenceJob) -> None:
+def _check_answers(
+    rows: RowCache, lengths: npt.NDArray[np.int32], responses: Indices, logps: Floats, stored: Floats, job: ReferenceJob
+) -> None:
     def name(at: int) -> str:
         number = int(np.searchsorted(rows.first_response, responses[at], side="right")) - 1
         return f"row {rows[number].row_id}, response {int(responses[at] - rows.first_response[number])}"
@@ -252,7 +246,7 @@ def _check_answers(rows: RowCache, responses: Indices, logps: Floats, stored: Fl
         raise RunError(
             f"reference {job.model.name_or_path}: log-prob of {name(bad[0])} is {logps[bad[0]]}; the model's weights are broken"
         )
-    tolerance = probe_tolerance(job.dtype, rows.response_lengths()[responses])
+    tolerance = probe_tolerance(job.dtype, lengths[responses])
     off = np.flatnonzero(np.abs(logps - stored) > tolerance)
     if len(off):
         at = off[0]

@@ -20,6 +20,7 @@ LAYERS = [
     {"errors", "schema", "imports", "yaml_text", "options", "dotted", "objective_parameters", "config"},
     {
         "objectives",
+        "allocator",
         "attention",
         "logprobs",
         "metrics",
