@@ -6,9 +6,12 @@ outlive a restart of the policy group. Rows themselves stay memory-mapped on dis
 
 import asyncio
 import hashlib
+import pickle
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +23,15 @@ from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
-from caldpo_ray.schema import Floats, Row, Tokens
+from caldpo_ray.schema import Floats, Layout, Row
 from caldpo_ray.store import distinct_responses
 
 SplitName = Literal["train", "eval"]
 EVAL_BATCH_ROWS = 256
+# A call of an actor costs Ray as much as a dozen rows cost the feed: small shares travel together.
+ROWS_PER_CALL, MOST_STEPS_PER_CALL = 64, 16
+KEPT_BATCHES = 4 * MOST_STEPS_PER_CALL
+KnownBatch = asyncio.Task[tuple[Indices, float]]
 
 
 @dataclass(frozen=True)
@@ -36,29 +43,31 @@ class MicroBatch:
     num_head_chunks: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as a few flat arrays: Ray moves each array by itself, and a row alone has four."""
+        """Travels as bytes end to end: a pickler takes longer over one array than over the rest of a row."""
         pieces = [ids for row in self.rows for ids in (row.prompt_ids, *row.response_ids)]
         return _unpack, (
-            np.concatenate(pieces) if pieces else np.empty(0, np.int32),
+            b"".join([ids.tobytes() for ids in pieces]),
             [len(ids) for ids in pieces],
-            np.concatenate([row.response_scores for row in self.rows]) if pieces else np.empty(0, np.float32),
+            b"".join([row.response_scores.tobytes() for row in self.rows]),
             [(row.row_id, len(row.response_ids), row.weight, row.columns) for row in self.rows],
-            self.reference_logps,
+            None if self.reference_logps is None else self.reference_logps.tobytes(),
             self.num_head_chunks,
         )
 
 
 def _unpack(
-    ids: Tokens, lengths: list[int], scores: Floats, facts: list[Any], logps: Floats | None, chunks: int
+    packed: bytes, lengths: list[int], packed_scores: bytes, facts: list[Any], logps: bytes | None, chunks: int
 ) -> Any:
-    """The micro-batch again; its rows are views of the flat arrays."""
-    pieces = iter(np.split(ids, np.cumsum(lengths)[:-1])) if lengths else iter(())
+    """The micro-batch again; its rows are views of the bytes."""
+    ids, scores = np.frombuffer(packed, np.int32), np.frombuffer(packed_scores, np.float32)
+    pieces = iter([ids[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)])
     rows, at = [], 0
     for name, k, weight, columns in facts:
-        prompt, responses = next(pieces), [next(pieces) for _ in range(k)]
+        prompt, responses = next(pieces), list(islice(pieces, k))
         rows.append(Row(name, prompt, responses, scores[at : at + k], weight, columns))
         at += k
-    return MicroBatch(rows, logps, chunks)
+    known = None if logps is None else np.frombuffer(logps, np.float32).reshape(len(rows), -1)
+    return MicroBatch(rows, known, chunks)
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,28 @@ class Share:
     num_rows: int
     waited_reference_seconds: float
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Packed by the standard pickler: Ray's own asks Python about every object inside, which takes longer than all else."""
+        fields = self.micro_batches, self.num_rows, self.waited_reference_seconds
+        return _unpack_share, (pickle.dumps(fields, protocol=5),)
+
+
+def _unpack_share(packed: bytes) -> Share:
+    return Share(*pickle.loads(packed))
+
 
 @dataclass(frozen=True)
 class Request:
-    """Which share: `attempt` fences workers of an older group, `step` counts global batches of the split from 0."""
+    """Which shares: `attempt` fences workers of an older group, `step` counts global batches of the split from 0."""
 
     attempt: int
     split: SplitName
     step: int
     rank: int
     world_size: int
-    shared_prefix: bool
+    most_steps: int
+    """Of how many global batches in a row the answer may hold the shares."""
+    layout: Layout
     chunk_positions: int
 
 
@@ -135,6 +155,36 @@ def schedules(config: Config, num_train: int, num_eval: int) -> dict[SplitName, 
     }
 
 
+class ShareQueue:
+    """A worker's side: its shares of the global batches of a split, in order; while it computes, the next ones are cut."""
+
+    def __init__(self, feed: Any, first: Request, num_steps: int) -> None:
+        self._feed, self._next, self._num_steps = feed, first, num_steps
+        self._ready: deque[Share] = deque()
+        self._asked: Any = None
+        self._ask()
+
+    def take(self) -> tuple[Share, float]:
+        """(the next share, seconds waited for it). Raises what stopped the feed."""
+        import ray
+
+        started = time.monotonic()
+        if not self._ready:
+            self._ready.extend(ray.get(self._asked))
+            self._next = replace(self._next, step=self._next.step + len(self._ready))
+            self._ask()
+        return self._ready.popleft(), time.monotonic() - started
+
+    def _ask(self) -> None:
+        if self._next.step < self._num_steps:
+            self._asked = self._feed.shares.remote(self._next)
+
+
+def steps_per_call(batch_size: int, world_size: int) -> int:
+    """Shares that are worth one call."""
+    return max(1, min(MOST_STEPS_PER_CALL, ROWS_PER_CALL * world_size // batch_size))
+
+
 class Feed:
     """Ray actor (0 CPUs). Restarting it is harmless: every answer is a function of the request, the rows and the store."""
 
@@ -142,6 +192,7 @@ class Feed:
         self._config, self._folders, self._job, self._first_step = config, folders, job, first_step
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
+        self._batches: dict[tuple[SplitName, int], KnownBatch] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
         self._progress = Progress(reference=None if job is None else ReferenceProgress())
         self._error: Exception | None = None
@@ -168,16 +219,22 @@ class Feed:
         num_distinct = int(self._distinct.max(initial=-1)) + 1
         self._logps = None if self._job is None else np.full(num_distinct, np.nan, np.float32)
 
-    async def share(self, request: Request) -> Share:
-        """One rank's share of a global batch, as soon as its reference log-probs are known.
+    async def shares(self, request: Request) -> list[Share]:
+        """One rank's shares of global batches from a step on: of the first as soon as its reference log-probs are known, and of
+        those after it whose are known by then.
 
         Raises what stopped the reference, and StaleAttempt to workers of an older group.
         """
         await self.start()
         self._admit(request.attempt)
-        numbers = self._batch(request.split, request.step)
-        waited = await self._until_known(numbers)
-        plans = self._plan(request, numbers)
+        last = min(request.step + request.most_steps, self._schedules[request.split].num_steps)
+        batches = [self._known_batch(request.split, step) for step in range(request.step, last)]
+        await asyncio.shield(batches[0])
+        known = takewhile(lambda batch: batch.done() and batch.exception() is None, batches)
+        return [self._share(request, step, *batch.result()) for step, batch in enumerate(known, start=request.step)]
+
+    def _share(self, request: Request, step: int, numbers: Indices, waited: float) -> Share:
+        plans = self._plan(request, step, numbers)
         micro_batches = [self._micro_batch(numbers, plan) for plan in plans[request.rank]]
         return Share(micro_batches, len(numbers), waited)
 
@@ -192,7 +249,10 @@ class Feed:
     async def reference_complete(self) -> None:
         """Return when every log-prob is known and the pool has handed back its devices."""
         await self.start()
-        await self._until_known(self._reference_order())
+        while self._job is not None and not self._filled:
+            if self._error is not None:
+                raise self._error
+            await self._news.wait()
 
     async def rows_digest(self) -> str:
         """What the rows are and in which order, whatever file they came from."""
@@ -228,17 +288,24 @@ class Feed:
             self._orders[split, epoch] = schedule.order(epoch)
         return self._numbers[split][self._orders[split, epoch][place : place + schedule.batch_size]]
 
-    def _plan(self, request: Request, numbers: Indices) -> list[list[MicroBatchPlan]]:
+    def _plan(self, request: Request, step: int, numbers: Indices) -> list[list[MicroBatchPlan]]:
         """The cut of one batch, the same object for all ranks."""
-        key = (request.split, request.step, request.world_size, request.shared_prefix, request.chunk_positions)
+        key = (request.split, step, request.world_size, request.layout, request.chunk_positions)
         if key not in self._plans:
             prompts, scored = self._prompt_lengths[numbers], self._scored_lengths[numbers]
-            copies = 1 if request.shared_prefix else self._counts[numbers]
+            copies = self._counts[numbers] if request.layout == "concatenated" else 1
             lengths = (prompts * copies + scored).tolist()
             budget = self._config.train.micro_batch_tokens
-            while len(self._plans) >= 8:
+            while len(self._plans) >= KEPT_BATCHES:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = plan_batch(lengths, scored.tolist(), request.world_size, budget, request.chunk_positions)
+            self._plans[key] = plan_batch(
+                lengths,
+                scored.tolist(),
+                request.world_size,
+                budget,
+                request.chunk_positions,
+                padded=request.layout != "packed",
+            )
         return self._plans[key]
 
     def _micro_batch(self, numbers: Indices, plan: MicroBatchPlan) -> MicroBatch:
@@ -259,22 +326,29 @@ class Feed:
             logps[at, : last - first] = self._logps[self._distinct[first:last]]
         return MicroBatch(rows, logps, plan.num_head_chunks)
 
-    async def _until_known(self, numbers: Indices) -> float:
-        """Seconds waited until all responses of these rows have reference log-probs."""
+    def _known_batch(self, split: SplitName, step: int) -> KnownBatch:
+        """(rows of a global batch, seconds waited for their log-probs). One task waits for all ranks: it looks at every answer."""
+        if (split, step) not in self._batches:
+            while len(self._batches) >= KEPT_BATCHES:
+                del self._batches[next(iter(self._batches))]
+            self._batches[split, step] = asyncio.create_task(self._until_known(self._batch(split, step)))
+        return self._batches[split, step]
+
+    async def _until_known(self, numbers: Indices) -> tuple[Indices, float]:
         started = time.monotonic()
         while True:
+            filled = self._filled  # read first: the thread sets it after the last answer
             if self._error is not None:
                 raise self._error
             if self._logps is None or not self._unknown(numbers):
-                return time.monotonic() - started
-            if self._filled:
+                return numbers, time.monotonic() - started
+            if filled:
                 raise RunError("the reference stage ended without a log-prob that training needs; start the run again")
             await self._news.wait()
 
     def _unknown(self, numbers: Indices) -> bool:
         assert self._logps is not None
-        first, last = self._rows.first_response[numbers], self._rows.first_response[numbers + 1]
-        return any(np.isnan(self._logps[self._distinct[a:b]]).any() for a, b in zip(first, last, strict=True))
+        return bool(np.isnan(self._logps[self._distinct[self._rows.responses_of(numbers)]]).any())
 
     def _fill(self) -> None:
         """Thread: the reference stage, running ahead of training."""

@@ -5,11 +5,10 @@ count of the global batch, so accumulation and sharding do not change it.
 """
 
 import contextlib
-import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +25,18 @@ from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
-from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
 from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
+from caldpo_ray.optimizers import learning_rate, make_optimizer
 from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
-from caldpo_ray.storage import open_path, publishing
-
-PREFETCH_STEPS = 2
-
-
-def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant, or decay to zero."""
-    warmup = math.ceil(train.warmup_ratio * num_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    if train.lr_scheduler == "constant":
-        return train.learning_rate
-    done = (step - warmup) / max(1, num_steps - warmup)
-    share = 1 - done if train.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return train.learning_rate * share
-
-
-def make_optimizer(model: torch.nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """AdamW, or the RMSprop of the Cal-DPO paper; norms and biases are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trainable, "weight_decay": 0.0}]
-    if train.weight_decay:
-        # Under zero.Init a parameter is empty on this rank and keeps its shape in ds_shape.
-        matrices = {id(p) for p in trainable if len(vars(p).get("ds_shape", p.shape)) > 1}
-        groups = [
-            {"params": [p for p in trainable if id(p) in matrices], "weight_decay": train.weight_decay},
-            {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
-        ]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.learning_rate)
-    return torch.optim.RMSprop(groups, lr=train.learning_rate)
+from caldpo_ray.storage import open_path
+from caldpo_ray.uploads import Uploads
 
 
 def set_up_process(train: TrainSection) -> torch.device:
@@ -92,6 +63,18 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
     del partitioner
 
 
+@contextlib.contextmanager
+def without_compiler(device: torch.device) -> Iterator[None]:
+    """DeepSpeed compiles a function of an optimiser (Muon) at import: that loads all of torch.compile, seconds of start-up.
+
+    Not on a GPU: what torch.compile reads of the environment then holds for the process, and attention is compiled there.
+    """
+    if device.type == "cpu":
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    yield
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+
+
 @large_imports()
 def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
     """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
@@ -115,10 +98,8 @@ def build_engine(config: Config, model: ModelSection, device: torch.device) -> A
     policy.to(device)
     scorer = ResponseScorer(policy, pad_id=0)
     optimizer = make_optimizer(scorer, config.train)
-    # DeepSpeed compiles a function of an optimiser (Muon) at import: that loads all of torch.compile, seconds of start-up.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
-    del os.environ["TORCHDYNAMO_DISABLE"]
+    with without_compiler(device):
+        engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
     choice = choose_layout(scorer)
     scorer.layout, scorer.misfit = choice.layout, choice.reason
     return engine
@@ -149,9 +130,10 @@ class PolicyWorker:
         self.peak_flops = peak_flops_of_workers(self.device, self.config.model.dtype)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
-        self.pending: dict[tuple[SplitName, int], Any] = {}
+        self.queues: dict[SplitName, ShareQueue] = {}
         self.evaluated: dict[str, float] = {}
-        self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0}
+        self.uploads = Uploads(self.run.path, self.rank, partial(tell_failure, settings))
+        self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         if self.rank == 0:
             self.loggers = open_loggers(self.config.loggers, self.run.path, settings["config"], settings["identity"])
@@ -166,21 +148,31 @@ class PolicyWorker:
 
     def train(self) -> None:
         """All remaining steps, with evaluation, checkpoints and the final export."""
-        train, num_steps = self.config.train, self.schedules["train"].num_steps
+        num_steps = self.schedules["train"].num_steps
         step, best = self.resume()
         while step < num_steps:
+            evaluates, saves = self.due(step + 1)
+            if evaluates:
+                self.ask_ahead("eval", 0)  # cut while the step runs
             line = self.train_step(step)
             step += 1
-            last = step == num_steps
             if self.rank == 0 and line:
                 self.write(line)
-            saving = last or (train.save_every is not None and step % train.save_every == 0)
-            evaluating = train.eval_every is not None and step % train.eval_every == 0
-            if self.settings["num_eval"] and (evaluating or saving):
+            if evaluates:
                 best = self.evaluate(step, best)
-            if saving:
+            if saves:
                 self.save(step, best)
         self.export(self.run.model)
+        self.uploads.finish_model()  # and Ray Train waits until the last checkpoint is committed
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Whether the held-out rows are evaluated and a checkpoint is saved after so many steps: one is ranked by the other."""
+        train = self.config.train
+        saves = step == self.schedules["train"].num_steps or (
+            train.save_every is not None and step % train.save_every == 0
+        )
+        evaluates = train.eval_every is not None and step % train.eval_every == 0
+        return bool(self.settings["num_eval"]) and (evaluates or saves), saves
 
     def resume(self) -> tuple[int, float | None]:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
@@ -198,20 +190,8 @@ class PolicyWorker:
             return None
         # Not from `as_directory`, which would download all of a remote checkpoint for it.
         state = checkpoint.read_state(self.run.path / "checkpoints" / Path(self.checkpoint.path).name)
-        changed = [
-            name
-            for name, before, now in (
-                ("config", state.identity, self.settings["identity"]),
-                ("reference", state.reference_key, self.settings["reference_key"]),
-                ("rows", state.rows_digest, self.rows_digest),
-            )
-            if before != now
-        ]
-        if changed:
-            raise InputError(
-                f"run directory {self.run.path}: its checkpoint is of another {' and '.join(changed)}; put that back, or"
-                " choose another run.name"
-            )
+        identity, reference_key = self.settings["identity"], self.settings["reference_key"]
+        checkpoint.require_same_run(state, identity, reference_key, self.rows_digest, self.run.path)
         return state
 
     def train_step(self, step: int) -> dict[str, Any]:
@@ -290,52 +270,54 @@ class PolicyWorker:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self, step: int, best: float | None) -> None:
-        """Checkpoint this step and wait until Ray Train has committed it, so that a kill right after loses nothing."""
+        """Checkpoint this step. Training goes on while the files go to storage, until the next call."""
+        started = time.monotonic()
         schedule = self.schedules["train"]
-        stage = self.config.train.deepspeed.zero_stage
+        stage = self.engine.zero_optimization_stage()
         state = TrainerState(
             step, schedule.position(step)[0], schedule.rows_consumed(step), self.settings["identity"],
             self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
         )  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(self.engine, state, Path(folder))
-            ray.train.report(
-                {"step": step, **{k: v for k, v in self.evaluated.items() if isinstance(v, float)}},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{step:08d}",
-            )
-        ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+        scores = {name: value for name, value in self.evaluated.items() if isinstance(value, float)}
+        self.uploads.checkpoint(self.engine, state, scores)
+        self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
 
     def export(self, target: Path) -> None:
-        """A plain Hugging Face folder (an adapter folder with LoRA), complete or absent."""
+        """A plain Hugging Face folder (an adapter folder with LoRA), complete or absent, written while training goes on."""
+        started = time.monotonic()
         model = self.engine.module.model
-        weights = checkpoint.gather_state_dict(model, self.config.train.deepspeed.zero_stage)
+        weights = checkpoint.gather_state_dict(model, self.engine.zero_optimization_stage())
+
+        def write(scratch: Path) -> None:
+            model.save_pretrained(scratch, state_dict=weights)
+            save_tokenizer(self.policy, self.config.data.chat_template, scratch)
+
         if self.rank == 0:
-            with publishing(target) as scratch:
-                model.save_pretrained(scratch, state_dict=weights)
-                save_tokenizer(self.policy, self.config.data.chat_template, scratch)
-        dist.barrier()
+            self.uploads.model(target, write)
+        self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
 
     # -- small parts ---------------------------------------------------------------------------------------------
 
     def next_share(self, split: SplitName, step: int) -> Share:
         """This rank's share; the next ones are requested before it is used."""
-        last = self.schedules[split].num_steps
-        for ahead in range(step, min(step + PREFETCH_STEPS + 1, last)):
-            if (split, ahead) not in self.pending:
-                self.pending[split, ahead] = self.feed.share.remote(self._request(split, ahead))
-        started = time.monotonic()
-        share: Share = ray.get(self.pending.pop((split, step)))
-        waited = time.monotonic() - started
+        self.ask_ahead(split, step)
+        share, waited = self.queues[split].take()
+        if step + 1 == self.schedules[split].num_steps:
+            del self.queues[split]
         reference = min(waited, share.waited_reference_seconds)
         self.waits["wait/reference_seconds"] += reference
         self.waits["wait/feed_seconds"] += waited - reference
         return share
 
-    def _request(self, split: SplitName, step: int) -> Request:
-        module = self.engine.module
-        shared = module.layout == "shared_prefix"
-        return Request(self.attempt, split, step, self.rank, self.world_size, shared, self.chunk_positions)
+    def ask_ahead(self, split: SplitName, step: int) -> None:
+        """Have the feed cut the shares of this step and of those that follow, unless it was asked to."""
+        if split not in self.queues:
+            schedule, layout = self.schedules[split], self.engine.module.layout
+            most_steps = steps_per_call(schedule.batch_size, self.world_size)
+            first = Request(
+                self.attempt, split, step, self.rank, self.world_size, most_steps, layout, self.chunk_positions
+            )
+            self.queues[split] = ShareQueue(self.feed, first, schedule.num_steps)
 
     def reduce(self, totals: metrics.Metrics) -> metrics.Metrics:
         """Sums and counts over all ranks in one collective, in float64."""
@@ -406,7 +388,7 @@ class PolicyWorker:
 
     def _gradient_norm_of_stage_0(self) -> float | None:
         """DeepSpeed reports no norm for stage 0: its gradients are whole, so this is the plain norm before clipping."""
-        if self.config.train.deepspeed.zero_stage > 0:
+        if self.engine.zero_optimization_stage() > 0:
             return None
         grads = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))
@@ -418,16 +400,26 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     What restarting would not cure goes to the feed, and every rank ends quietly: the driver raises it. Anything else, a
     lost peer above all, is raised, and Ray Train starts the group again from the last checkpoint.
     """
-    feed = settings["feed"]
     try:
         PolicyWorker(settings).train()
     except (InputError, RunError) as error:
-        ours = find_error(error) or error  # without Ray's account of where it came from
-        ray.get(feed.fail.remote(type(ours).__name__, str(ours)))
+        tell_failure(settings, error)
         dist.destroy_process_group()  # peers inside a collective wake up with an error
     except Exception as error:
-        if ray.get(feed.progress.remote()).failure is None:
-            restarts = settings["config"]["train"]["max_failures"]
-            after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
-            feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
+        if tell_failure(settings, error):
             raise
+
+
+def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
+    """Tell the feed why this rank stops; whether starting the group again may cure it."""
+    feed = settings["feed"]
+    if isinstance(error, (InputError, RunError)):
+        ours = find_error(error) or error  # without Ray's account of where it came from
+        ray.get(feed.fail.remote(type(ours).__name__, str(ours)))
+        return False
+    if ray.get(feed.progress.remote()).failure is not None:
+        return False
+    restarts = settings["config"]["train"]["max_failures"]
+    after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
+    feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
+    return True
