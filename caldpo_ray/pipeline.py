@@ -7,7 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,10 @@ class Prepared:
     facts: list[RowCacheFacts]
     num_train: int
     num_eval: int
+    num_report: int = 0
+    """Of a sweep, which holds out rows in two halves: `num_eval` rows decide, these are reported on."""
+    side_by_side: bool | None = None
+    """Whether the cluster has room for policy and reference at once; None: to be found out."""
 
     @property
     def folders(self) -> list[str]:
@@ -79,7 +83,6 @@ def train(
 
 
 def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
-    identity = identity_digest(config)
     require_lasting_folders(config)
     changes = changed_execution_keys(config, RunDir(open_path(config.run_dir)))
     run = open_run_dir(config, fresh)
@@ -89,19 +92,27 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     _refuse_what_failed_before(config, run)
     for change in changes:
         say(f"changed since the last attempt: {change}")
-    run.write_status("running", None, "", identity)
-    try:
+    with attempt(config, run):
         connect(verbose)
         with _full_disk_told(config.run_dir):
             prepared = prepare(config, run)
             fit(prepared)
             finish(prepared)
+    return run
+
+
+@contextmanager
+def attempt(config: Config, run: RunDir) -> Iterator[None]:
+    """What becomes of the body, in `status.json`."""
+    identity = identity_digest(config)
+    run.write_status("running", None, "", identity)
+    try:
+        yield
     except BaseException as error:
         with suppress(OSError):  # the reason to stop may be that nothing can be written
             _write_end(run, config, identity, error)
         raise
     run.write_status("complete", 0, "", identity)
-    return run
 
 
 def _write_end(run: RunDir, config: Config, identity: str, error: BaseException) -> None:
@@ -248,20 +259,25 @@ def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), key, dtype, settings, store)
 
 
-def fit(prepared: Prepared) -> None:
-    """Feed, reference pool and policy workers, until the last step is exported."""
+def fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextManager[Any]] = Watcher) -> None:
+    """Feed, reference pool and policy workers, until the last step is exported.
+
+    `watch(feed, metrics, number of steps)` is entered meanwhile; it shows how things go.
+    """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
     from caldpo_ray.trainer import PolicyTrainer
 
     config, run = prepared.config, prepared.run
-    side_by_side = require_placeable(config, prepared.job is not None, needs_data=False)
+    side_by_side = prepared.side_by_side
+    if side_by_side is None:
+        side_by_side = require_placeable(config, prepared.job is not None, needs_data=False)
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(config, prepared.folders, prepared.job, _newest_step(run))
+        .remote(config, prepared.folders, prepared.job, _newest_step(run), prepared.num_report > 0)
     )
     feed.start.remote()
     if not side_by_side:
@@ -270,7 +286,7 @@ def fit(prepared: Prepared) -> None:
     scaling = ScalingConfig(
         num_workers=config.train.num_workers,
         use_gpu=config.train.use_gpu,
-        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
+        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **_gpus(config)},
         label_selector=config.train.label_selector,
     )
     ranked = {}
@@ -291,16 +307,22 @@ def fit(prepared: Prepared) -> None:
         ),
     )
     num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
-    with Watcher(feed, run.metrics, num_steps):
-        try:
-            trainer.fit()
-        except Exception as error:
-            ray.get(feed.progress.remote()).raise_failure()
-            raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
-    progress = ray.get(feed.progress.remote())
-    progress.raise_failure()
-    write_manifest(prepared, progress.places.values())
-    ray.kill(feed)
+    try:
+        with watch(feed, run.metrics, num_steps):
+            try:
+                trainer.fit()
+            except Exception as error:
+                ray.get(feed.progress.remote()).raise_failure()
+                raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
+        progress = ray.get(feed.progress.remote())
+        progress.raise_failure()
+        write_manifest(prepared, progress.places.values())
+    finally:
+        ray.kill(feed)
+
+
+def _gpus(config: Config) -> dict[str, float]:
+    return {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
 
 
 def _newest_step(run: RunDir) -> int:
@@ -350,6 +372,8 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
         and config.reference.dtype in (None, config.model.dtype),
         "num_train": prepared.num_train,
         "num_eval": prepared.num_eval,
+        "num_report": prepared.num_report,
+        "stop": config.sweep.stop.model_dump() if prepared.num_report else None,
     }
 
 

@@ -1,0 +1,164 @@
+"""The folder of one sweep: its paths, its trials, and what became of each."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caldpo_ray.config import Config, load_config, save_config
+from caldpo_ray.errors import InputError
+from caldpo_ray.run_dir import RunDir, read_metrics, require_writable
+from caldpo_ray.search_space import Point, point_name
+from caldpo_ray.storage import is_remote, open_path, read_json, write_atomically
+
+# These add trials or say how they are executed; each trial is found again by what it is.
+MAY_CHANGE = ("sweep.seeds", "sweep.best_points", "sweep.max_concurrent")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep: an objective (by its label), a point of its space, a seed."""
+
+    objective: str
+    point: Point
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder under `trials/`."""
+        return f"{self.objective}-{point_name(self.point)}-seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class SweepDir:
+    """Paths of one sweep directory; names are fixed."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def best_config(self) -> Path:
+        return self.path / "best.yaml"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def reference(self) -> Path:
+        """What the reference took, for a sweep that goes on."""
+        return self.path / "reference.json"
+
+    def run(self, trial: Trial) -> RunDir:
+        return RunDir(self.trials / trial.name)
+
+    def begin(self, trial: Trial) -> None:
+        """Write down what the run in a trial's folder is."""
+        facts = {"objective": trial.objective, "point": trial.point, "seed": trial.seed}
+        write_atomically(self.run(trial).path / "trial.json", json.dumps(facts, indent=1))
+
+    def begun(self) -> list[Trial]:
+        """All trials that have a folder, by name."""
+        way_out = "delete its folder, and the same `caldpo sweep` command runs this trial again"
+        files = sorted(self.trials.glob("*/trial.json"))
+        found = [read_json(file, way_out, "objective", "point", "seed") for file in files]
+        return [Trial(each["objective"], each["point"], each["seed"]) for each in found]
+
+    def outcome(self, trial: Trial) -> dict[str, Any] | None:
+        """How a trial ended: state, reason, policy_seconds. None for one that has not, or was interrupted."""
+        file = self.run(trial).path / "outcome.json"
+        way_out = "delete it, and the same `caldpo sweep` command runs this trial again"
+        return read_json(file, way_out, "state", "reason", "policy_seconds") if file.exists() else None
+
+    def write_outcome(self, trial: Trial, state: str, reason: str, policy_seconds: float) -> None:
+        facts = {"state": state, "reason": reason, "policy_seconds": policy_seconds}
+        write_atomically(self.run(trial).path / "outcome.json", json.dumps(facts, indent=1))
+
+
+def open_sweep_dir(config: Config) -> SweepDir:
+    """Create the sweep directory, or reopen it for the same sweep.
+
+    Raises InputError when it holds another sweep or a run, or cannot be written. Ask `require_lasting_folders` first.
+    """
+    home = SweepDir(open_path(config.run_dir).absolute())
+    if RunDir(home.path).config.exists():
+        raise InputError(f"sweep directory {home.path}: holds a run; choose another run.name")
+    if home.config.exists():
+        _require_same_sweep(config, load_config(home.config), home.path)
+    require_writable(config)
+    write_atomically(home.config, save_config(config))
+    return home
+
+
+def sweep_identity(config: Config) -> dict[str, Any]:
+    """Every value that decides what the trials are, by dotted key."""
+    keys = {
+        key: value for key, value, _ in config.items() if key.startswith("sweep.") and key not in MAY_CHANGE
+    } | config.identity()
+    ignored = "objective." if config.sweep.objectives else ()  # each trial has its own
+    return {key: value for key, value in keys.items() if not key.startswith(ignored)}
+
+
+def _require_same_sweep(config: Config, saved: Config, path: Path) -> None:
+    new, old = sweep_identity(config), sweep_identity(saved)
+    changed = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"sweep directory {path}: holds another sweep ({'; '.join(changed)}); choose another run.name, or undo the change"
+        )
+
+
+def link_best(home: SweepDir, model: Path) -> None:
+    """`best/` points to a trial's model; on object storage, which has no links, `sweep.json` names it instead."""
+    if is_remote(home.path):
+        return
+    home.best.unlink(missing_ok=True)
+    home.best.symlink_to(model.relative_to(home.path), target_is_directory=True)
+
+
+def collect(home: SweepDir, trial: Trial, metric: str, smallest: bool) -> dict[str, Any]:
+    """One line of `trials.parquet`: what a trial was, how it ended, its metrics on either half, and what it cost."""
+    run, outcome = home.run(trial), home.outcome(trial) or {"state": "unfinished", "reason": "", "policy_seconds": 0.0}
+    lines = read_metrics(run.metrics)
+    by_split = {split: [line for line in lines if line["split"] == split] for split in ("train", "eval", "report")}
+    line: dict[str, Any] = {
+        "trial": trial.name,
+        "objective": trial.objective,
+        "point": point_name(trial.point),
+        "seed": trial.seed,
+        "parameters": json.dumps(trial.point),
+        "state": outcome["state"],
+        "reason": outcome["reason"],
+        "steps": max((each["step"] for each in lines), default=0),
+        "rows": max((each["rows"] for each in lines), default=0),
+        "policy_seconds": outcome["policy_seconds"],
+        "wait_seconds": sum(each["wait/reference_seconds"] + each["wait/feed_seconds"] for each in by_split["train"]),
+        "checkpoint": str(run.model.relative_to(home.path)) if outcome["state"] == "completed" else "",
+    }
+    for half, split in (("selection", "eval"), ("report", "report")):
+        for name, value in (by_split[split][-1] if by_split[split] else {}).items():
+            if isinstance(value, int | float) and _is_metric(name):
+                line[f"{half}/{name}"] = float(value)
+    ranked = [each for each in by_split["eval"] if metric in each]
+    best = (min if smallest else max)(ranked, key=lambda each: float(each[metric]), default=None)
+    line["best_step"] = best["step"] if best else None
+    line |= {f"best_selection/{metric}": float(best[metric])} if best else {}
+    reported = [each for each in by_split["report"] if best and each["step"] == best["step"]]
+    return line | {f"best_report/{metric}": float(each[metric]) for each in reported}
+
+
+def _is_metric(name: str) -> bool:
+    return name == "loss" or ("/" in name and not name.startswith("wait/"))
