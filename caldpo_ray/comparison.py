@@ -5,12 +5,15 @@ how the metric would vary over other held-out rows.
 """
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from caldpo_ray.search_space import describe_point
 
 BASELINE = "dpo"
 RESAMPLES = 10_000
@@ -150,8 +153,9 @@ def verdict(best: Sequence[Standing], metric: str) -> str:
     if not best:
         return "no trial was completed: nothing can be compared"
     first = best[0]
-    chosen = f"{first.objective} at {first.point} is best in {metric} on the rows that choose"
+    point = describe_point(json.loads(first.parameters))
+    chosen = f"{first.objective} at {point} is best in {metric} on the rows that choose"
     if len(best) == 1:
-        return f"{chosen}"
+        return chosen
     gap = differences(best[:2], metric, baseline=best[1].objective)
     return f"{chosen}; on the rows kept for the report, {gap[0]['text']}" if gap else chosen

@@ -21,6 +21,8 @@ from caldpo_ray.sweep_plan import Plan
 from caldpo_ray.sweep_trial import trial_config
 from caldpo_ray.yaml_text import write_yaml
 
+WIDTH = 110
+
 
 def conclude(plan: Plan, home: SweepDir, trials: Sequence[Trial]) -> dict[str, Any]:
     """Write all results and show them; what `sweep.json` holds. Raises RunError when no trial was completed."""
@@ -137,8 +139,8 @@ def _show(plan: Plan, home: SweepDir, result: dict[str, Any]) -> None:
             f"{spent['trials']}",
             f"{spent['rows']}",
         )
-    console = Console(soft_wrap=True)
-    console.print(table)
+    console = Console()
+    console.print(table, width=max(console.width, WIDTH))  # in a log file, too, a row is a line
     for each in result["differences_to_dpo"]:
         say(each["text"])
     say(result["verdict"])

@@ -4,7 +4,7 @@ Objectives take turns, so that whatever changes while a sweep runs meets all of 
 found is told to searchers and schedulers first.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,27 +138,20 @@ class Turns(Searcher):  # type: ignore[misc]
         super().__init__(metric=VALUE, mode="max")  # each source knows the real direction
         self._sources, self._ended = sources, ended
         self._running: dict[str, Trial] = {}
-        self._trials = self._in_turn()
-
-    def _in_turn(self) -> Iterator[Trial]:
-        asked = list(self._sources.values())
-        while asked:
-            for source in list(asked):
-                trial = source.next()
-                if trial is None:
-                    asked.remove(source)
-                else:
-                    yield trial
+        self._turn = list(sources.values())
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        trial = next(self._trials, None)
-        if trial is None:
-            return str(Searcher.FINISHED)
-        self._running[trial_id] = trial
-        return {"trial": trial}
+        while self._turn:
+            source = self._turn.pop(0)
+            trial = source.next()
+            if trial is not None:
+                self._turn.append(source)
+                self._running[trial_id] = trial
+                return {"trial": trial}
+        return str(Searcher.FINISHED)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial = self._running.pop(trial_id)

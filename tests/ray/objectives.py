@@ -32,3 +32,11 @@ def observed(
         file.write(json.dumps(facts) + "\n")
     log_ratios = policy_logps - reference_logps
     return -beta * (log_ratios[:, 0] - log_ratios[:, 1])
+
+
+def fails(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, raises: bool) -> Tensor:
+    """The margin of the log-ratios, or an error."""
+    if raises:
+        raise RuntimeError("as asked")
+    log_ratios = policy_logps - reference_logps
+    return -0.1 * (log_ratios[:, 0] - log_ratios[:, 1])

@@ -97,4 +97,4 @@ def test_nothing_to_compare() -> None:
     assert best_points([line("dpo", "a", 0, 1.0, 1.0, state="failed")], M, smallest=False) == []
     assert "no trial" in verdict([], M) and differences([], M) == []
     alone = best_points(lines_of({("ipo", "a"): [(0.5, 0.5)]}), M, smallest=False)
-    assert differences(alone, M) == [] and "ipo at a is best" in verdict(alone, M)
+    assert differences(alone, M) == [] and "ipo at beta=a is best" in verdict(alone, M)
