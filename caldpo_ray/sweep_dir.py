@@ -13,6 +13,7 @@ from caldpo_ray.storage import is_remote, open_path, read_json, write_atomically
 
 # These add trials or say how they are executed; each trial is found again by what it is.
 MAY_CHANGE = ("sweep.seeds", "sweep.best_points", "sweep.max_concurrent")
+WAY_OUT = "delete the folder it is in, and the same `caldpo sweep` command runs this trial again"
 
 
 @dataclass(frozen=True)
@@ -65,24 +66,35 @@ class SweepDir:
 
     def begin(self, trial: Trial) -> None:
         """Write down what the run in a trial's folder is."""
+        self.spend(trial, 0.0)
+
+    def spend(self, trial: Trial, seconds: float) -> None:
+        """Add to the seconds for which its attempts held policy workers."""
         facts = {"objective": trial.objective, "point": trial.point, "seed": trial.seed}
-        write_atomically(self.run(trial).path / "trial.json", json.dumps(facts, indent=1))
+        facts["policy_seconds"] = self.spent(trial) + seconds
+        write_atomically(self._facts(trial), json.dumps(facts, indent=1))
+
+    def spent(self, trial: Trial) -> float:
+        file = self._facts(trial)
+        return float(read_json(file, WAY_OUT, "policy_seconds")["policy_seconds"]) if file.exists() else 0.0
+
+    def _facts(self, trial: Trial) -> Path:
+        return self.run(trial).path / "trial.json"
 
     def begun(self) -> list[Trial]:
         """All trials that have a folder, by name."""
-        way_out = "delete its folder, and the same `caldpo sweep` command runs this trial again"
         files = sorted(self.trials.glob("*/trial.json"))
-        found = [read_json(file, way_out, "objective", "point", "seed") for file in files]
+        found = [read_json(file, WAY_OUT, "objective", "point", "seed") for file in files]
         return [Trial(each["objective"], each["point"], each["seed"]) for each in found]
 
     def outcome(self, trial: Trial) -> dict[str, Any] | None:
-        """How a trial ended: state, reason, policy_seconds. None for one that has not, or was interrupted."""
+        """How a trial ended: state and reason. None for one that has not, or was interrupted."""
         file = self.run(trial).path / "outcome.json"
-        way_out = "delete it, and the same `caldpo sweep` command runs this trial again"
-        return read_json(file, way_out, "state", "reason", "policy_seconds") if file.exists() else None
+        return read_json(file, WAY_OUT, "state", "reason") if file.exists() else None
 
-    def write_outcome(self, trial: Trial, state: str, reason: str, policy_seconds: float) -> None:
-        facts = {"state": state, "reason": reason, "policy_seconds": policy_seconds}
+    def write_outcome(self, trial: Trial, state: str, reason: str) -> None:
+        """`state` is completed, stopped or failed."""
+        facts = {"state": state, "reason": reason}
         write_atomically(self.run(trial).path / "outcome.json", json.dumps(facts, indent=1))
 
 
@@ -131,7 +143,7 @@ def link_best(home: SweepDir, model: Path) -> None:
 
 def collect(home: SweepDir, trial: Trial, metric: str, smallest: bool) -> dict[str, Any]:
     """One line of `trials.parquet`: what a trial was, how it ended, its metrics on either half, and what it cost."""
-    run, outcome = home.run(trial), home.outcome(trial) or {"state": "unfinished", "reason": "", "policy_seconds": 0.0}
+    run, outcome = home.run(trial), home.outcome(trial) or {"state": "unfinished", "reason": ""}
     lines = read_metrics(run.metrics)
     by_split = {split: [line for line in lines if line["split"] == split] for split in ("train", "eval", "report")}
     line: dict[str, Any] = {
@@ -144,7 +156,7 @@ def collect(home: SweepDir, trial: Trial, metric: str, smallest: bool) -> dict[s
         "reason": outcome["reason"],
         "steps": max((each["step"] for each in lines), default=0),
         "rows": max((each["rows"] for each in lines), default=0),
-        "policy_seconds": outcome["policy_seconds"],
+        "policy_seconds": home.spent(trial),
         "wait_seconds": sum(each["wait/reference_seconds"] + each["wait/feed_seconds"] for each in by_split["train"]),
         "checkpoint": str(run.model.relative_to(home.path)) if outcome["state"] == "completed" else "",
     }

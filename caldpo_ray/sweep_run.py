@@ -54,7 +54,7 @@ class Narrator(Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._running.pop(trial.trial_id, None)
         ours = trial.config["trial"]
-        self._home.write_outcome(ours, "failed", self._reason(ours), 0.0)
+        self._home.write_outcome(ours, "failed", self._reason(ours))
         self._tell(ours)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -88,7 +88,7 @@ class Narrator(Callback):  # type: ignore[misc]
         why = f" ({outcome['reason']})" if outcome["reason"] else ""
         say(
             f"[{self._num_done}/{self._plan.num_trials}] {trial.objective} {describe_point(trial.point)} seed {trial.seed}:"
-            f" {outcome['state']}{why}, {shown} after {line['steps']} steps, {outcome['policy_seconds']:.0f} s"
+            f" {outcome['state']}{why}, {shown} after {line['steps']} steps, {line['policy_seconds']:.0f} s"
         )
 
 

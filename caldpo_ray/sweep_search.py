@@ -220,7 +220,7 @@ def make_scheduler(plan: Plan, home: SweepDir, num_steps: int, finished: Sequenc
         for label in plan.contestants
     }
     earlier = [Finished(trial, _history(home.run(trial).metrics, plan.metric)) for trial in finished]
-    return PerObjective(kinds, name, lambda trial, why: home.write_outcome(trial, "stopped", why, 0.0), earlier)
+    return PerObjective(kinds, name, lambda trial, why: home.write_outcome(trial, "stopped", why), earlier)
 
 
 def _history(metrics: Path, metric: str) -> tuple[tuple[int, float], ...]:

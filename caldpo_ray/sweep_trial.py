@@ -188,7 +188,7 @@ def run_trial(shared: Shared, trial: Trial, evaluations: Evaluations) -> dict[st
     if not config.objective.needs_reference:
         prepared = replace(prepared, frozen=None, job=None)
     prepared = replace(prepared, config=config, run=run)
-    state, reason, seconds = "completed", "", 0.0
+    state, reason = "completed", ""
     if run.read_status().get("state") != "complete" or not holds_model(run.model):
         started = time.monotonic()
         try:
@@ -199,9 +199,10 @@ def run_trial(shared: Shared, trial: Trial, evaluations: Evaluations) -> dict[st
             if evaluations.ended:  # by the scheduler, which has told why, or because the whole sweep ends
                 return {}
             state, reason = "stopped", str(error)
-        seconds = (time.monotonic() - started) * config.train.num_workers
+        finally:
+            home.spend(trial, (time.monotonic() - started) * config.train.num_workers)
     if home.outcome(trial) is None:  # else the scheduler has written why it stopped this trial
-        home.write_outcome(trial, state, reason, seconds)
+        home.write_outcome(trial, state, reason)
     if state == "completed" and (run.path / "checkpoints").exists():
         remove_tree(run.path / "checkpoints")  # optimiser state of a model that is whole
     lines = [line for line in read_metrics(run.metrics) if line["split"] == "eval"]

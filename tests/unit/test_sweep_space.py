@@ -9,6 +9,7 @@ import yaml
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
+from caldpo_ray.run_dir import open_run_dir
 from caldpo_ray.search_space import contestants, listed_points, point_name, seeds
 from caldpo_ray.sweep_dir import SweepDir, Trial, open_sweep_dir
 from caldpo_ray.sweep_plan import Plan, make_plan
@@ -162,6 +163,8 @@ def test_a_sweep_directory_belongs_to_one_sweep(tmp_path: Path) -> None:
 
 def test_a_run_and_a_sweep_share_no_directory(tmp_path: Path) -> None:
     home = open_sweep_dir(config(tmp_path, TWO))
+    with pytest.raises(InputError, match="holds a sweep"):
+        open_run_dir(config(tmp_path, TWO), fresh=False)
     (home.path / "config.yaml").write_text("")
     with pytest.raises(InputError, match="holds a run"):
         open_sweep_dir(config(tmp_path, TWO))
@@ -172,5 +175,7 @@ def test_what_a_trial_was_and_how_it_ended_is_read_back(tmp_path: Path) -> None:
     home.run(trial).path.mkdir(parents=True)
     home.begin(trial)
     assert home.begun() == [trial] and home.outcome(trial) is None
-    home.write_outcome(trial, "stopped", "because", 2.0)
-    assert home.outcome(trial) == {"state": "stopped", "reason": "because", "policy_seconds": 2.0}
+    home.write_outcome(trial, "stopped", "because")
+    home.spend(trial, 2.0)
+    home.spend(trial, 1.5)
+    assert home.outcome(trial) == {"state": "stopped", "reason": "because"} and home.spent(trial) == 3.5
