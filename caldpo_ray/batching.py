@@ -4,6 +4,7 @@ Nothing here depends on Ray, torch or the contents of rows: orders come from a s
 batches are the same for any number of workers; only the cut of a batch into rank shares and micro-batches differs.
 """
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,18 +75,24 @@ def head_chunk_positions(vocab_size: int) -> int:
 
 
 def plan_batch(
-    lengths: Sequence[int], scored: Sequence[int], world_size: int, budget_tokens: int, chunk_positions: int
+    lengths: Sequence[int],
+    scored: Sequence[int],
+    world_size: int,
+    budget_tokens: int,
+    chunk_positions: int,
+    padded: bool,
 ) -> list[list[MicroBatchPlan]]:
     """Cut one global batch into a list of micro-batches per rank.
 
-    `lengths` are padded-sequence costs and `scored` the response tokens of each row, in tokens. Rows are sorted by length and
-    cut into groups of nearly equal padded size, which go to the ranks in turn: what ranks run at the same time costs the
-    same, and rows of a group pad each other little. Every rank gets the same number of micro-batches and, in each, the same
+    `lengths` are costs and `scored` the response tokens of each row, in tokens; `padded` says whether the rows of a micro-batch
+    are padded to its longest one or packed end to end. What ranks run at the same time costs the same: groups of nearly equal
+    size go to the ranks in turn, largest first. Every rank gets the same number of micro-batches and, in each, the same
     number of LM-head chunks, because collective operations (ZeRO-3 gathers) must meet; a rank short of rows gets empty
     micro-batches. A row beyond the budget runs alone.
     """
     places = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
-    groups = _cut(places, lengths, world_size, budget_tokens)
+    cut = _cut_padded if padded else _cut_packed
+    groups = cut(places, lengths, world_size, budget_tokens)
     plans: list[list[MicroBatchPlan]] = [[] for _ in range(world_size)]
     for start in range(0, len(groups), world_size):
         together = groups[start : start + world_size]
@@ -96,7 +103,23 @@ def plan_batch(
     return plans
 
 
-def _cut(places: list[int], lengths: Sequence[int], world_size: int, budget_tokens: int) -> list[list[int]]:
+def _cut_packed(places: list[int], lengths: Sequence[int], world_size: int, budget_tokens: int) -> list[list[int]]:
+    """As few groups as the budget allows, each row into the smallest so far: they differ by less than a short row."""
+    count = max(1, math.ceil(sum(lengths) / budget_tokens / world_size))
+    while True:
+        smallest = [(0, number) for number in range(count * world_size)]
+        groups: list[list[int]] = [[] for _ in smallest]
+        for place in places:
+            size, number = smallest[0]
+            groups[number].append(place)
+            heapq.heapreplace(smallest, (size + lengths[place], number))
+        sizes = {number: size for size, number in smallest}
+        if all(size <= budget_tokens or len(groups[number]) == 1 for number, size in sizes.items()):
+            return [groups[number] for number in sorted(sizes, key=lambda number: (-sizes[number], number))]
+        count += 1
+
+
+def _cut_padded(places: list[int], lengths: Sequence[int], world_size: int, budget_tokens: int) -> list[list[int]]:
     """As many groups for every rank as make a step cheapest: fewer pad more, and each has its own forward and backward."""
     longest_first = [lengths[place] for place in places]
     count = max(1, math.ceil(len(_group_sizes(longest_first, budget_tokens)) / world_size))

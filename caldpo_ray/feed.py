@@ -20,7 +20,7 @@ from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
-from caldpo_ray.schema import Floats, Row, Tokens
+from caldpo_ray.schema import Floats, Layout, Row, Tokens
 from caldpo_ray.store import distinct_responses
 
 SplitName = Literal["train", "eval", "report"]
@@ -79,7 +79,7 @@ class Request:
     step: int
     rank: int
     world_size: int
-    shared_prefix: bool
+    layout: Layout
     chunk_positions: int
 
 
@@ -254,15 +254,22 @@ class Feed:
 
     def _plan(self, request: Request, numbers: Indices) -> list[list[MicroBatchPlan]]:
         """The cut of one batch, the same object for all ranks."""
-        key = (request.split, request.step, request.world_size, request.shared_prefix, request.chunk_positions)
+        key = (request.split, request.step, request.world_size, request.layout, request.chunk_positions)
         if key not in self._plans:
             prompts, scored = self._prompt_lengths[numbers], self._scored_lengths[numbers]
-            copies = 1 if request.shared_prefix else self._counts[numbers]
+            copies = self._counts[numbers] if request.layout == "concatenated" else 1
             lengths = (prompts * copies + scored).tolist()
             budget = self._config.train.micro_batch_tokens
             while len(self._plans) >= 8:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = plan_batch(lengths, scored.tolist(), request.world_size, budget, request.chunk_positions)
+            self._plans[key] = plan_batch(
+                lengths,
+                scored.tolist(),
+                request.world_size,
+                budget,
+                request.chunk_positions,
+                padded=request.layout != "packed",
+            )
         return self._plans[key]
 
     def _micro_batch(self, numbers: Indices, plan: MicroBatchPlan) -> MicroBatch:

@@ -1,8 +1,9 @@
 """Response log-probs: how rows are laid out as sequences, and how scored positions become numbers.
 
-Two layouts give the same numbers. *Shared prefix* holds a row in one sequence, ``[prompt | y_1 | ... | y_k]``, in which
-every response attends to the prompt and causally to itself and counts its positions from the end of the prompt, so
-that the prompt is computed once. *Concatenated* is the plain one: a sequence ``[prompt | y_i]`` per response.
+Three layouts give the same numbers. *Packed* and *shared prefix* hold a row as ``[prompt | y_1 | ... | y_k]``, in which every
+response attends to the prompt and causally to itself and counts its positions from the end of the prompt, so that the prompt is
+computed once; packed rows lie end to end in one sequence, the others are padded to a sequence each. *Concatenated* is the plain
+one: a sequence ``[prompt | y_i]`` per response.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from caldpo_ray.attention import num_token_pairs
 from caldpo_ray.schema import Row, Tokens
 
 PROMPT, PADDING = 0, -1  # segment ids; responses are 1..k
@@ -22,32 +24,42 @@ Sequences = list[tuple[Tokens, list[Tokens]]]  # (prompt, responses) that go int
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A micro-batch of B right-padded sequences of length L, of which N positions predict a response token.
+    """A micro-batch of B right-padded sequences of length L (packed: one, without padding), of which N positions predict a
+    response token.
 
-    Scored tokens come in the order row, response, position, in either layout.
+    Scored tokens come in the order row, response, position, in every layout.
     """
 
     input_ids: Tensor  # [B, L]
-    segment_ids: Tensor  # [B, L] PROMPT, 1..k in the shared-prefix layout (1 in the concatenated one), or PADDING
-    position_ids: Tensor | None  # [B, L] in the shared-prefix layout; None: the model counts for itself
+    segment_ids: Tensor  # [B, L] PROMPT, 1..k (1 in the concatenated layout), or PADDING
+    position_ids: Tensor | None  # [B, L]; None in the concatenated layout: the model counts for itself
+    pieces: Tensor | None  # [rows, 1 + K] tokens of prompt and responses in the packed layout
     source: Tensor  # [N] flat position in B * L whose hidden state predicts the token
     target: Tensor  # [N] id of the token
     slot: Tensor  # [N] row * K + response index
     shape: tuple[int, int]  # rows, K = the most responses of any row
     num_tokens: int  # of all sequences, without padding
-    num_token_pairs: int  # query and key, in all sequences: their lengths squared, without padding
+    num_token_pairs: int  # query and key that attention is computed for, without padding
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         moved: dict[str, Any] = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
+def packed_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """All rows in one sequence. Rows may differ in k, and there may be none (see `_lay_out`)."""
+    return _whole_rows(rows, pad_id, packed=True)
+
+
 def shared_prefix_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     """One sequence per row. Rows may differ in k, and there may be none (see `_lay_out`)."""
+    return _whole_rows(rows, pad_id, packed=False)
+
+
+def _whole_rows(rows: Sequence[Row], pad_id: int, packed: bool) -> TokenBatch:
     shape = _shape(rows)
-    return _lay_out(
-        [(row.prompt_ids, row.response_ids) for row in rows], np.arange(len(rows)) * shape[1], shape, pad_id
-    )
+    sequences: Sequences = [(row.prompt_ids, row.response_ids) for row in rows]
+    return _lay_out(sequences, np.arange(len(rows)) * shape[1], shape, pad_id, packed)
 
 
 def concatenated_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
@@ -55,7 +67,7 @@ def concatenated_batch(rows: Sequence[Row], pad_id: int) -> TokenBatch:
     shape = _shape(rows)
     sequences: Sequences = [(row.prompt_ids, [response]) for row in rows for response in row.response_ids]
     slots = np.array([r * shape[1] + i for r, row in enumerate(rows) for i in range(len(row.response_ids))], np.int64)
-    return replace(_lay_out(sequences, slots, shape, pad_id), position_ids=None)
+    return replace(_lay_out(sequences, slots, shape, pad_id, packed=False), position_ids=None)
 
 
 def shared_prefix_mask(segment_ids: Tensor) -> Tensor:
@@ -116,8 +128,11 @@ def _shape(rows: Sequence[Row]) -> tuple[int, int]:
     return len(rows), max((len(row.response_ids) for row in rows), default=2)
 
 
-def _lay_out(sequences: Sequences, first_slot: np.ndarray, shape: tuple[int, int], pad_id: int) -> TokenBatch:
-    """Each sequence is its pieces end to end; ``first_slot`` [B] is the slot of its first response.
+def _lay_out(
+    sequences: Sequences, first_slot: np.ndarray, shape: tuple[int, int], pad_id: int, packed: bool
+) -> TokenBatch:
+    """Each sequence is its pieces end to end, and with `packed` all of them are one; ``first_slot`` [B] is the slot of the
+    first response of each.
 
     Without sequences the batch holds one padding token as a prompt and scores nothing: a rank without rows still runs
     forward and backward, with zero gradients, when the others do.
@@ -128,13 +143,14 @@ def _lay_out(sequences: Sequences, first_slot: np.ndarray, shape: tuple[int, int
     prompt = np.searchsorted(sequence, sequence)  # of every piece: the piece that is the prompt of its sequence
     segment = np.arange(len(pieces)) - prompt
     length = np.array([len(piece) for piece in pieces])
-    start = np.cumsum(length) - length
+    first = np.cumsum(length) - length
+    start = first if packed else first - first[prompt]  # column in the sequence
 
     piece = np.repeat(np.arange(len(pieces)), length)  # from here on, one entry per token
-    offset = np.arange(len(piece)) - start[piece]
-    row, column = sequence[piece], offset + (start - start[prompt])[piece]
+    offset = np.arange(len(piece)) - first[piece]
+    row, column = np.zeros_like(piece) if packed else sequence[piece], offset + start[piece]
     width = int(column.max()) + 1
-    input_ids = np.full((len(sequences), width), pad_id, np.int64)
+    input_ids = np.full((1 if packed else len(sequences), width), pad_id, np.int64)
     segment_ids = np.full_like(input_ids, PADDING)
     position_ids = np.zeros_like(input_ids)
     input_ids[row, column] = np.concatenate(pieces)
@@ -143,15 +159,20 @@ def _lay_out(sequences: Sequences, first_slot: np.ndarray, shape: tuple[int, int
 
     scored = np.flatnonzero(segment[piece] != PROMPT)
     piece, row, column, offset = piece[scored], row[scored], column[scored], offset[scored]
-    before = np.where(offset == 0, length[prompt[piece]], column) - 1  # the last prompt token predicts the first ones
+    # The last prompt token predicts the first token of every response.
+    before = np.where(offset == 0, (start + length)[prompt[piece]], column) - 1
+    lengths = np.zeros((len(sequences), 1 + shape[1]), np.int64)
+    lengths[sequence, segment] = length
+    computed = map(num_token_pairs, map(tuple, lengths.tolist())) if packed else np.square(lengths.sum(1)).tolist()
     return TokenBatch(
         input_ids=torch.from_numpy(input_ids),
         segment_ids=torch.from_numpy(segment_ids),
         position_ids=torch.from_numpy(position_ids),
+        pieces=torch.from_numpy(lengths) if packed else None,
         source=torch.from_numpy(row * width + before),
         target=torch.from_numpy(input_ids[row, column]),
-        slot=torch.from_numpy(first_slot[row] + segment[piece] - 1),
+        slot=torch.from_numpy(first_slot[sequence[piece]] + segment[piece] - 1),
         shape=shape,
         num_tokens=int(length.sum()),
-        num_token_pairs=int(np.square(np.bincount(sequence, length)).sum()),
+        num_token_pairs=sum(computed),
     )

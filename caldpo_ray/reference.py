@@ -80,7 +80,8 @@ class ReferenceScorer:
         chunk = head_chunk_positions(self._vocab_size)
         responses: list[int] = []
         logps: list[float] = []
-        for plan in plan_batch(lengths, scored, 1, self._batch_tokens, chunk)[0]:
+        padded = self._scorer.layout != "packed"
+        for plan in plan_batch(lengths, scored, 1, self._batch_tokens, chunk, padded)[0]:
             try:
                 sums = score_rows(self._scorer, [rows[place] for place in plan.places], plan.num_head_chunks)
             except InputError as error:

@@ -108,6 +108,6 @@ def response_logps(model: PreTrainedModel, rows: Sequence[Row]) -> Doubles:
     lengths, scored = [row.num_tokens for row in rows], [len(row.response_ids[0]) for row in rows]
     chunk = head_chunk_positions(model.config.get_text_config().vocab_size)
     logps = np.empty(len(rows))
-    for plan in plan_batch(lengths, scored, 1, BATCH_TOKENS, chunk)[0]:
+    for plan in plan_batch(lengths, scored, 1, BATCH_TOKENS, chunk, padded=True)[0]:
         logps[plan.places] = score_rows(scorer, [rows[at] for at in plan.places], plan.num_head_chunks)[:, 0]
     return logps

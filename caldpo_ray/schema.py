@@ -5,7 +5,7 @@ Log-probs are in nats and float32; lengths are in tokens. This module imports nu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Message = Mapping[str, str]  # {"role": "user", "content": "..."}
+Layout = Literal["packed", "shared_prefix", "concatenated"]  # how rows become sequences: see `logprobs`
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,28 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from caldpo_ray.attention import packed_attention, packed_mask
 from caldpo_ray.errors import InputError
 from caldpo_ray.logprobs import (
     TokenBatch,
     concatenated_batch,
+    packed_batch,
     shared_prefix_batch,
     shared_prefix_mask,
     sum_by_response,
     token_logps,
 )
-from caldpo_ray.schema import Floats, Row, Tokens
-
-Layout = Literal["shared_prefix", "concatenated"]
+from caldpo_ray.schema import Floats, Layout, Row, Tokens
 
 # Families name the same setting differently; the self-check of `choose_layout` refuses a family that is missing here.
 LOGIT_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -32,10 +35,30 @@ LOGIT_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_s
 # sequence up to `attention_window`. Recurrent, convolutional and sparse layers depend on the order in the sequence.
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "global"}
 DENSE_MASK_ATTENTION = {"eager", "sdpa"}  # implementations that take a mask [B, 1, L, L]
+PACKED_ATTENTION = "caldpo_packed"
 
 # Largest difference of a token's log-prob, in nats, that rounding explains. Right layouts of 20 random families stayed
 # below 3e-6 in float32 and 0.12 in bfloat16, and wrong masks or positions of float32 ones above 4e-3.
 TOLERANCE = {torch.float32: 5e-4, torch.bfloat16: 0.3}
+
+
+def _attention_function(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    scaling: float | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, but for the masks of packed rows: whole numbers or blocks, where all others are true or false."""
+    if isinstance(attention_mask, BlockMask) or (attention_mask is not None and attention_mask.dtype == torch.int64):
+        return packed_attention(query, key, value, attention_mask, scaling, **settings), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)  # type: ignore[no-any-return]
+
+
+AttentionInterface.register(PACKED_ATTENTION, _attention_function)
+AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 class ResponseScorer(torch.nn.Module):
@@ -58,7 +81,7 @@ class ResponseScorer(torch.nn.Module):
         self.logit_transform = logit_transform(config)
 
     def batch(self, rows: Sequence[Row]) -> TokenBatch:
-        """The layout for these rows: shared prefix where it is right and saves something, else concatenated.
+        """The layout for these rows: with the prompt shared where that is right and saves something, else concatenated.
 
         Raises InputError for a token that the model does not have. Only those that occur count: tokenizers may know more.
         """
@@ -69,9 +92,10 @@ class ResponseScorer(torch.nn.Module):
                 f" {self.vocab_size} tokens; put the tokenizer of this model beside its weights, or resize its embeddings"
             )
         window = self.max_shared_tokens
-        shares = any(len(row.response_ids) > 1 for row in rows)
         fits = window is None or all(len(r.prompt_ids) + max(map(len, r.response_ids)) <= window for r in rows)
-        if self.layout == "shared_prefix" and shares and fits:
+        if self.layout == "packed" and fits:
+            return packed_batch(rows, self.pad_id)
+        if self.layout == "shared_prefix" and fits and any(len(row.response_ids) > 1 for row in rows):
             return shared_prefix_batch(rows, self.pad_id)
         return concatenated_batch(rows, self.pad_id)
 
@@ -90,9 +114,12 @@ class ResponseScorer(torch.nn.Module):
         logps = token_logps(scored, batch.target, head, num_head_chunks, self.logit_transform)
         return logps.to(batch.target.device)
 
-    def _attention(self, batch: TokenBatch) -> dict[str, Tensor]:
+    def _attention(self, batch: TokenBatch) -> dict[str, Any]:
         if batch.position_ids is None:
             return {"attention_mask": (batch.segment_ids >= 0).long()}
+        if batch.pieces is not None:
+            mask = packed_mask(batch.pieces, by_blocks=batch.pieces.is_cuda)
+            return {"attention_mask": mask, "position_ids": batch.position_ids}
         mask = shared_prefix_mask(batch.segment_ids)
         if self.model.config._attn_implementation == "eager":  # adds its mask to the scores
             dtype = self.model.dtype
@@ -112,9 +139,9 @@ class LayoutChoice:
 
 @torch.no_grad()
 def choose_layout(scorer: ResponseScorer) -> LayoutChoice:
-    """Score a few made-up rows in both layouts and compare every token with the logits of the unmodified model.
+    """Score a few made-up rows in the layouts, fastest first, and compare every token with the unmodified model's logits.
 
-    Shared prefix is chosen where it agrees, concatenated otherwise. Call it with dropout off.
+    The first one that agrees is chosen, and the model's attention set to what it needs. Call it with dropout off.
 
     Raises:
         InputError: the concatenated layout disagrees too, so no number from this model can be trusted.
@@ -130,8 +157,16 @@ def choose_layout(scorer: ResponseScorer) -> LayoutChoice:
             "know; use another model"
         )
     reason = _known_misfit(scorer.model)
-    if not reason:
-        shared_difference, reason = _disagreement(scorer, shared_prefix_batch(rows, scorer.pad_id).to(device), oracle)
+    if reason:
+        return LayoutChoice("concatenated", scorer.max_shared_tokens, difference, reason)
+    attention = scorer.model.config._attn_implementation
+    if attention in ("sdpa", PACKED_ATTENTION):
+        scorer.model.set_attn_implementation(PACKED_ATTENTION)
+        packed_difference, reason = _disagreement(scorer, packed_batch(rows, scorer.pad_id).to(device), oracle)
+        if not reason:
+            return LayoutChoice("packed", scorer.max_shared_tokens, packed_difference, "")
+        scorer.model.set_attn_implementation("sdpa")
+    shared_difference, reason = _disagreement(scorer, shared_prefix_batch(rows, scorer.pad_id).to(device), oracle)
     if reason:
         return LayoutChoice("concatenated", scorer.max_shared_tokens, difference, reason)
     return LayoutChoice("shared_prefix", scorer.max_shared_tokens, shared_difference, "")
@@ -200,7 +235,7 @@ def _setting(config: PreTrainedConfig, names: Sequence[str]) -> Any:
 def _known_misfit(model: PreTrainedModel) -> str:
     """Why a prompt cannot be shared, where that is known without trying; empty if it is not."""
     attention = model.config._attn_implementation
-    if attention not in DENSE_MASK_ATTENTION:
+    if attention not in {*DENSE_MASK_ATTENTION, PACKED_ATTENTION}:
         return f"attention implementation {attention!r} takes no 4-D mask"
     config = model.config.get_text_config()
     other_layers = set(_setting(config, ("layer_types", "attention_layers")) or ()) - MASKED_LAYERS

@@ -65,7 +65,7 @@ def make_optimizer(model: torch.nn.Module, train: TrainSection) -> torch.optim.O
             {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
         ]
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.learning_rate)
+        return torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)  # one pass over each parameter
     return torch.optim.RMSprop(groups, lr=train.learning_rate)
 
 
@@ -93,6 +93,18 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
     del partitioner
 
 
+@contextlib.contextmanager
+def without_compiler(device: torch.device) -> Iterator[None]:
+    """DeepSpeed compiles a function of an optimiser (Muon) at import: that loads all of torch.compile, seconds of start-up.
+
+    Not on a GPU: what torch.compile reads of the environment then holds for the process, and attention is compiled there.
+    """
+    if device.type == "cpu":
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    yield
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+
+
 @large_imports()
 def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
     """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
@@ -116,10 +128,8 @@ def build_engine(config: Config, model: ModelSection, device: torch.device) -> A
     policy.to(device)
     scorer = ResponseScorer(policy, pad_id=0)
     optimizer = make_optimizer(scorer, config.train)
-    # DeepSpeed compiles a function of an optimiser (Muon) at import: that loads all of torch.compile, seconds of start-up.
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
-    del os.environ["TORCHDYNAMO_DISABLE"]
+    with without_compiler(device):
+        engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
     choice = choose_layout(scorer)
     scorer.layout, scorer.misfit = choice.layout, choice.reason
     return engine
@@ -340,9 +350,8 @@ class PolicyWorker:
         return share
 
     def _request(self, split: SplitName, step: int) -> Request:
-        module = self.engine.module
-        shared = module.layout == "shared_prefix"
-        return Request(self.attempt, split, step, self.rank, self.world_size, shared, self.chunk_positions)
+        layout = self.engine.module.layout
+        return Request(self.attempt, split, step, self.rank, self.world_size, layout, self.chunk_positions)
 
     def reduce(self, totals: metrics.Metrics) -> metrics.Metrics:
         """Sums and counts over all ranks in one collective, in float64."""

@@ -69,10 +69,10 @@ def rows(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> list[Ro
     return [tokenise(example, tokenizer, **limits, row_id=str(at))[0] for at, example in enumerate(examples)]
 
 
-def shared_prefix_scorer(**overrides: Any) -> ResponseScorer:
+def packed_scorer(**overrides: Any) -> ResponseScorer:
     scorer = ResponseScorer(tiny_model("llama", **overrides), PAD_ID)
     scorer.layout = choose_layout(scorer).layout
-    assert scorer.layout == "shared_prefix"
+    assert scorer.layout == "packed"
     return scorer
 
 
@@ -81,7 +81,7 @@ def micro_batches(rows: list[Row], reference_logps: Floats, places: Indices) -> 
     batch = [rows[place] for place in places]
     lengths = [row.num_tokens for row in batch]
     scored = [sum(map(len, row.response_ids)) for row in batch]
-    plans = plan_batch(lengths, scored, world_size=2, budget_tokens=80, chunk_positions=16)
+    plans = plan_batch(lengths, scored, world_size=2, budget_tokens=80, chunk_positions=16, padded=False)
     return [
         MicroBatch([batch[i] for i in plan.places], reference_logps[places[plan.places]], plan.num_head_chunks)
         for rank in plans
@@ -107,8 +107,8 @@ def accumulate(scorer: ResponseScorer, objective: Objective, parts: list[MicroBa
 
 
 def our_trajectory(rows: list[Row], objective: Objective, train: TrainSection) -> list[dict[str, float]]:
-    reference_logps = score_rows(shared_prefix_scorer(**REFERENCE), rows, num_head_chunks=1)
-    scorer = shared_prefix_scorer().train()
+    reference_logps = score_rows(packed_scorer(**REFERENCE), rows, num_head_chunks=1)
+    scorer = packed_scorer().train()
     optimizer = make_optimizer(scorer, train)
     lines = []
     for step in range(SCHEDULE.num_steps):
@@ -216,7 +216,7 @@ def test_trajectory_is_that_of_trl(
 def test_cal_dpo_starts_at_its_closed_form(beta: float, weight: float, rows: list[Row]) -> None:
     """Where policy = reference: loss ln 2 + weight/(2 beta²), and d/dp_w = -(1/2 + weight/beta) = -d/dp_l of each row."""
     objective = get_objective("cal_dpo", beta=beta, calibration_weight=weight)
-    scorer = shared_prefix_scorer().train()
+    scorer = packed_scorer().train()
     places = SCHEDULE.order(0)[: SCHEDULE.batch_size]
     line = accumulate(scorer, objective, micro_batches(rows, score_rows(scorer, rows, num_head_chunks=1), places))
     assert line["loss"] == pytest.approx(math.log(2) + weight / (2 * beta**2), rel=1e-5)

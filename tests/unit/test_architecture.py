@@ -30,6 +30,7 @@ LAYERS = [
     },
     {
         "objectives",
+        "attention",
         "logprobs",
         "metrics",
         "formats",

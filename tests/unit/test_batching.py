@@ -41,16 +41,18 @@ def test_max_steps_ends_a_schedule_early() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("budget", [50, 120, 10_000])
-def test_a_plan_covers_the_batch_once_and_keeps_ranks_in_step(world_size: int, budget: int) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_plan_covers_the_batch_once_and_keeps_ranks_in_step(world_size: int, budget: int, padded: bool) -> None:
     rng = np.random.default_rng(world_size)
     lengths, scored = rng.integers(5, 60, 13).tolist(), rng.integers(1, 5, 13).tolist()
-    plans = plan_batch(lengths, scored, world_size, budget, chunk_positions=4)
+    plans = plan_batch(lengths, scored, world_size, budget, chunk_positions=4, padded=padded)
     assert sorted(place for rank in plans for part in rank for place in part.places) == list(range(13))
     assert len({len(rank) for rank in plans}) == 1
     for parts in zip(*plans, strict=True):
         assert len({part.num_head_chunks for part in parts}) == 1
         for part in parts:
-            assert padded_size(part.places, lengths) <= budget or len(part.places) == 1
+            size = padded_size(part.places, lengths) if padded else sum(lengths[place] for place in part.places)
+            assert size <= budget or len(part.places) == 1
             assert sum(scored[place] for place in part.places) <= 4 * part.num_head_chunks
 
 
@@ -58,7 +60,7 @@ def test_a_plan_covers_the_batch_once_and_keeps_ranks_in_step(world_size: int, b
 def test_ranks_run_the_smallest_padded_micro_batches_possible(seed: int) -> None:
     rng = np.random.default_rng(seed)
     lengths, world_size = rng.integers(5, 60, 9).tolist(), 2 + seed % 2
-    plans = plan_batch(lengths, [1] * 9, world_size, 10**6, 10**6)
+    plans = plan_batch(lengths, [1] * 9, world_size, 10**6, 10**6, padded=True)
     longest_first = sorted(lengths, reverse=True)
     padded = [
         max(longest_first[start] * (end - start) for start, end in pairwise([0, *cuts, 9]))
@@ -73,14 +75,30 @@ def padded_size(places: list[int], lengths: list[int]) -> int:
 
 def test_rows_much_shorter_than_the_rest_are_not_padded_to_it() -> None:
     long, short = [1000] * 2, [100] * 30
-    ((wide, narrow),) = plan_batch(long + short, [1] * 32, 1, 10**6, 10**6)
+    ((wide, narrow),) = plan_batch(long + short, [1] * 32, 1, 10**6, 10**6, padded=True)
     assert {0, 1} <= set(wide.places) and len(wide.places) <= 3 and len(narrow.places) >= 29
-    (together,) = plan_batch([60] * 2 + [20] * 30, [1] * 32, 1, 10**6, 10**6)
+    (together,) = plan_batch([60] * 2 + [20] * 30, [1] * 32, 1, 10**6, 10**6, padded=True)
     assert len(together) == 1, "a micro-batch of its own would cost more than the padding"
 
 
-def test_more_ranks_than_rows_gives_empty_micro_batches() -> None:
-    plans = plan_batch([10, 20], [1, 1], 4, 100, 100)
+@pytest.mark.parametrize("seed", range(20))
+def test_packed_micro_batches_are_few_and_of_one_size(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths, world_size, budget = rng.integers(5, 200, 64).tolist(), 1 + seed % 4, 1000
+    plans = plan_batch(lengths, [1] * 64, world_size, budget, 10**6, padded=False)
+    sizes = [sum(lengths[place] for place in part.places) for rank in plans for part in rank]
+    assert max(sizes) - min(sizes) < 100, "no group is ahead of another by more than one of the rows that came last"
+    fewest = -(-sum(lengths) // (budget * world_size))
+    assert len(plans[0]) in (fewest, fewest + 1), "one more where they do not fit exactly"
+    together = [[sum(lengths[place] for place in part.places) for part in parts] for parts in zip(*plans, strict=True)]
+    assert [size for sizes in together for size in sizes] == sorted(sizes, reverse=True), (
+        "ranks run what is alike at once"
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_more_ranks_than_rows_gives_empty_micro_batches(padded: bool) -> None:
+    plans = plan_batch([10, 20], [1, 1], 4, 100, 100, padded)
     assert sorted(len(rank[0].places) for rank in plans) == [0, 0, 1, 1]
 
 

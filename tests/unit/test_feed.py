@@ -40,7 +40,7 @@ def config(folder: str, *overrides: str) -> Config:
 
 
 def request(step: int, rank: int, world_size: int, attempt: int = 1, split: SplitName = "train") -> Request:
-    return Request(attempt, split, step, rank, world_size, shared_prefix=True, chunk_positions=16)
+    return Request(attempt, split, step, rank, world_size, layout="packed", chunk_positions=16)
 
 
 async def batch(feed: Feed, step: int, world_size: int) -> tuple[list[str], int]:

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from caldpo_ray.flops import forward_cost, peak_flops, peak_flops_of_workers
-from caldpo_ray.logprobs import TokenBatch, concatenated_batch, shared_prefix_batch
-from caldpo_ray.scoring import ResponseScorer
+from caldpo_ray.logprobs import TokenBatch, concatenated_batch, packed_batch, shared_prefix_batch
+from caldpo_ray.scoring import ResponseScorer, choose_layout
 from tests.unit.tiny_models import PAD_ID, random_rows, tiny_model
 
 # Of equal lengths: nothing is padded, and torch counts padding.
@@ -38,6 +39,18 @@ def test_flops_are_those_executed(family: str, layout: Callable[..., Any]) -> No
         for backward in (False, True):
             found = cost.executed(batch, num_head_chunks, backward)
             assert found == pytest.approx(counted(scorer, batch, num_head_chunks, backward), rel=0.01)
+
+
+def test_flops_of_packed_rows_are_those_executed_for_short_rows_and_for_long_ones() -> None:
+    model = tiny_model("llama", use_cache=False, max_position_embeddings=1024)
+    scorer, cost = ResponseScorer(model, PAD_ID), forward_cost(model, False)
+    assert choose_layout(scorer).layout == "packed"
+    for rows in (random_rows((30, 20, 20), (3, 2, 2)), random_rows((300, 70, 80), (9, 500, 40, 6))):
+        batch = packed_batch(rows, PAD_ID)
+        for backward in (False, True):
+            with sdpa_kernel(SDPBackend.MATH):  # made of products that torch knows
+                expected = counted(scorer, batch, 1, backward)
+            assert cost.executed(batch, 1, backward) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("lora", [False, True])

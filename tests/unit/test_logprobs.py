@@ -9,6 +9,7 @@ from caldpo_ray.logprobs import (
     PROMPT,
     TokenBatch,
     concatenated_batch,
+    packed_batch,
     shared_prefix_batch,
     shared_prefix_mask,
     sum_by_response,
@@ -42,6 +43,19 @@ def test_shared_prefix_layout() -> None:
     assert batch.target.tolist() == [20, 21, 30, 40]
     assert batch.slot.tolist() == [0, 0, 1, 2]
     assert batch.shape == (2, 2)
+
+
+def test_packed_layout() -> None:
+    batch = packed_batch([row([10, 11], [20, 21], [30]), row([12], [40])], PAD_ID)
+    assert batch.input_ids.tolist() == [[10, 11, 20, 21, 30, 12, 40]]
+    assert batch.segment_ids.tolist() == [[PROMPT, PROMPT, 1, 1, 2, PROMPT, 1]]
+    assert batch.position_ids is not None and batch.pieces is not None
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert batch.pieces.tolist() == [[2, 2, 1], [1, 1, 0]]
+    assert batch.source.tolist() == [1, 2, 1, 5]
+    assert batch.target.tolist() == [20, 21, 30, 40]
+    assert batch.slot.tolist() == [0, 0, 1, 2]
+    assert (batch.shape, batch.num_tokens, batch.num_token_pairs) == ((2, 2), 7, 25 + 4)
 
 
 def test_concatenated_layout() -> None:
@@ -84,10 +98,9 @@ def test_every_scored_token_sees_exactly_its_prompt_and_its_past() -> None:
         assert slot == expected_slot
 
 
-def test_both_layouts_score_the_same_tokens_in_the_same_order() -> None:
-    shared, concatenated = (
-        layout(random_rows(*LENGTHS), PAD_ID) for layout in (shared_prefix_batch, concatenated_batch)
-    )
+@pytest.mark.parametrize("layout", [packed_batch, shared_prefix_batch])
+def test_all_layouts_score_the_same_tokens_in_the_same_order(layout) -> None:
+    shared, concatenated = (build(random_rows(*LENGTHS), PAD_ID) for build in (layout, concatenated_batch))
     assert torch.equal(shared.target, concatenated.target)
     assert torch.equal(shared.slot, concatenated.slot)
     assert shared.shape == concatenated.shape == (4, 4)
@@ -96,7 +109,7 @@ def test_both_layouts_score_the_same_tokens_in_the_same_order() -> None:
     )
 
 
-@pytest.mark.parametrize("layout", [shared_prefix_batch, concatenated_batch])
+@pytest.mark.parametrize("layout", [packed_batch, shared_prefix_batch, concatenated_batch])
 def test_no_rows_make_one_padding_token_and_nothing_to_score(layout) -> None:
     batch: TokenBatch = layout([], PAD_ID)
     assert batch.input_ids.tolist() == [[PAD_ID]]
@@ -105,9 +118,9 @@ def test_no_rows_make_one_padding_token_and_nothing_to_score(layout) -> None:
 
 
 def test_to_moves_every_tensor() -> None:
-    batch = shared_prefix_batch(random_rows((2, 1, 1)), PAD_ID).to("meta")
+    batch = packed_batch(random_rows((2, 1, 1)), PAD_ID).to("meta")
     tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 7
     assert batch.shape == (1, 2)
 
 

@@ -13,13 +13,41 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from caldpo_ray import scoring
 from caldpo_ray.errors import InputError
-from caldpo_ray.logprobs import concatenated_batch, shared_prefix_batch
+from caldpo_ray.logprobs import TokenBatch, concatenated_batch, packed_batch, shared_prefix_batch
 from caldpo_ray.schema import Row
-from caldpo_ray.scoring import ResponseScorer, attention_window, choose_layout, disable_dropout, score_rows
-from tests.unit.tiny_models import FAMILIES, PAD_ID, SHAREABLE, UNSHAREABLE, VOCAB_SIZE, random_rows, tiny_model
+from caldpo_ray.scoring import (
+    PACKED_ATTENTION,
+    ResponseScorer,
+    attention_window,
+    choose_layout,
+    disable_dropout,
+    score_rows,
+)
+from tests.unit.tiny_models import (
+    FAMILIES,
+    PACKABLE,
+    PAD_ID,
+    SHAREABLE,
+    UNSHAREABLE,
+    VOCAB_SIZE,
+    random_rows,
+    tiny_model,
+)
 
-LAYOUTS = [shared_prefix_batch, concatenated_batch]
+LAYOUTS = [packed_batch, shared_prefix_batch, concatenated_batch]
 MIXED_K = [(5, 4, 7), (1, 2, 6, 3, 1), (9, 2)]
+
+
+def layouts_of(family: str) -> list[Callable[..., TokenBatch]]:
+    return LAYOUTS if family in PACKABLE else LAYOUTS[1:] if family in SHAREABLE else LAYOUTS[2:]
+
+
+def layout_model(family: str, layout: Callable[..., TokenBatch], **settings: Any) -> PreTrainedModel:
+    """With the attention that the layout needs."""
+    model = tiny_model(family, **settings)
+    if layout is packed_batch:
+        model.set_attn_implementation(PACKED_ATTENTION)
+    return model
 
 
 def oracle_sums(model: PreTrainedModel, rows: Sequence[Row], k: int) -> Tensor:
@@ -57,17 +85,19 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sums_and_gradients_equal_those_of_the_unmodified_model(family: str) -> None:
     model, rows = tiny_model(family), random_rows(*MIXED_K)
-    scorer = ResponseScorer(model, PAD_ID)
     expected = values_and_gradients(model, oracle_sums(model, rows, k=4))
     assert expected.keys() == {"sums", *(name for name, _ in model.named_parameters())}
-    for layout in LAYOUTS if family in SHAREABLE else [concatenated_batch]:
-        assert_same(values_and_gradients(model, scorer(layout(rows, PAD_ID), 1)), expected)
+    for layout in layouts_of(family):
+        model = layout_model(family, layout)
+        assert_same(values_and_gradients(model, ResponseScorer(model, PAD_ID)(layout(rows, PAD_ID), 1)), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "qwen3_moe"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_chunks_and_gradient_checkpointing_change_nothing(family: str, layout: Callable[..., Any]) -> None:
-    model, batch = tiny_model(family, use_cache=False), layout(random_rows(*MIXED_K), PAD_ID)
+    if layout not in layouts_of(family):
+        pytest.skip("this family cannot be packed")
+    model, batch = layout_model(family, layout, use_cache=False), layout(random_rows(*MIXED_K), PAD_ID)
     disable_dropout(model)
     scorer = ResponseScorer(model, PAD_ID)
     expected = values_and_gradients(model, scorer(batch, 1))
@@ -92,7 +122,10 @@ def test_logits_of_more_positions_than_a_chunk_never_exist() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_row_scores_the_same_alone_and_in_a_batch(layout: Callable[..., Any]) -> None:
-    rows, scorer = random_rows((3, 2, 4), (20, 11, 9, 30), (1, 1)), ResponseScorer(tiny_model("qwen3"), PAD_ID)
+    rows, scorer = (
+        random_rows((3, 2, 4), (20, 11, 9, 30), (1, 1)),
+        ResponseScorer(layout_model("qwen3", layout), PAD_ID),
+    )
     together = scorer(layout(rows, PAD_ID), 1)
     for row, sums in zip(rows, together, strict=True):
         alone = scorer(layout([row], PAD_ID), 1)[0]
@@ -102,10 +135,14 @@ def test_a_row_scores_the_same_alone_and_in_a_batch(layout: Callable[..., Any]) 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "opt", "mamba"])
 @pytest.mark.parametrize("num_chunks", [1, 2])
-def test_a_rank_without_rows_gives_every_parameter_a_zero_gradient(family: str, num_chunks: int) -> None:
-    model = tiny_model(family)
-    scorer = ResponseScorer(model, PAD_ID, "shared_prefix")
-    sums = scorer(scorer.batch([]), num_chunks)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_without_rows_gives_every_parameter_a_zero_gradient(
+    family: str, num_chunks: int, layout: Callable[..., TokenBatch]
+) -> None:
+    if layout not in layouts_of(family):
+        pytest.skip("this family has no such layout")
+    model = layout_model(family, layout)
+    sums = ResponseScorer(model, PAD_ID)(layout([], PAD_ID), num_chunks)
     loss = torch.nn.functional.softplus(sums[:, 1] - sums[:, 0]).sum()
     loss.backward()
     assert loss.item() == 0
@@ -123,10 +160,11 @@ def with_lora(model: PreTrainedModel, targets: str | list[str]) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_a_fresh_adapter_scores_exactly_as_its_base(family: str) -> None:
-    batch = shared_prefix_batch(random_rows(*MIXED_K), PAD_ID)
-    base = ResponseScorer(tiny_model(family), PAD_ID)(batch, 1)
-    policy = with_lora(tiny_model(family), "all-linear")
-    assert torch.equal(ResponseScorer(policy, PAD_ID)(batch, 1), base)
+    for layout in layouts_of(family):
+        batch = layout(random_rows(*MIXED_K), PAD_ID)
+        base = ResponseScorer(layout_model(family, layout), PAD_ID)(batch, 1)
+        policy = with_lora(layout_model(family, layout), "all-linear")
+        assert torch.equal(ResponseScorer(policy, PAD_ID)(batch, 1), base)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]])
@@ -142,9 +180,9 @@ def test_a_trained_adapter_scores_as_the_peft_model_itself(targets: str | list[s
     assert all("lora_" in name for name in expected.keys() - {"sums"})
     base = ResponseScorer(tiny_model("llama"), PAD_ID)(concatenated_batch(rows, PAD_ID), 1)
     assert (expected["sums"] - base).abs().max() > 0.1
+    assert choose_layout(scorer).layout == "packed"  # from here on with the attention for it
     for layout in LAYOUTS:
         assert_same(values_and_gradients(policy, scorer(layout(rows, PAD_ID), 2)), expected)
-    assert choose_layout(scorer).layout == "shared_prefix"
 
 
 # -- the self-check ----------------------------------------------------------------------------------------------------
@@ -154,7 +192,7 @@ def test_a_trained_adapter_scores_as_the_peft_model_itself(targets: str | list[s
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
 def test_the_self_check_finds_that_a_prompt_can_be_shared(family: str, dtype: torch.dtype, bound: float) -> None:
     choice = choose_layout(ResponseScorer(tiny_model(family).to(dtype), PAD_ID))
-    assert (choice.layout, choice.reason) == ("shared_prefix", "")
+    assert (choice.layout, choice.reason) == ("packed" if family in PACKABLE else "shared_prefix", "")
     assert choice.max_difference < bound
 
 
@@ -185,6 +223,11 @@ def test_the_self_check_sees_a_leak_between_responses(family: str, monkeypatch: 
     def leaky(segment_ids: Tensor) -> Tensor:
         return torch.ones(segment_ids.shape[1], segment_ids.shape[1], dtype=torch.bool).tril().expand(2, 1, -1, -1)
 
+    def one_response(pieces: Tensor, by_blocks: bool) -> Tensor:
+        return torch.stack([pieces[:, 0], pieces[:, 1:].sum(1)], 1)[None, None]
+
+    monkeypatch.setattr(scoring, "packed_mask", one_response)
+    assert choose_layout(ResponseScorer(tiny_model(family), PAD_ID)).layout == "shared_prefix"
     monkeypatch.setattr(scoring, "shared_prefix_mask", leaky)
     assert "differ from the model's own logits" in choose_layout(ResponseScorer(tiny_model(family), PAD_ID)).reason
 
@@ -220,7 +263,9 @@ def test_the_self_check_refuses_an_unknown_head_and_broken_weights() -> None:
 def test_rows_beyond_a_sliding_window_are_concatenated(family: str) -> None:
     alternating = {} if family == "mistral" else {"layer_types": ["sliding_attention", "full_attention"]}
     model = tiny_model(family, sliding_window=12, **alternating)
-    scorer = ResponseScorer(model, PAD_ID, "shared_prefix")
+    scorer = ResponseScorer(model, PAD_ID)
+    scorer.layout = choose_layout(scorer).layout
+    assert scorer.layout == ("packed" if family in PACKABLE else "shared_prefix")
     fitting, too_long = random_rows((5, 7, 7), (4, 2, 8)), random_rows((5, 7, 7), (4, 2, 9))
     for rows, shared in [(fitting, True), (too_long, False)]:
         batch = scorer.batch(rows)
@@ -238,6 +283,8 @@ def test_a_row_with_nothing_to_share_and_a_scorer_that_must_not_share_concatenat
     scorer.layout = "shared_prefix"
     assert scorer.batch([single]).position_ids is None
     assert scorer.batch([pair, single]).position_ids is not None
+    scorer.layout = "packed"
+    assert scorer.batch([single]).pieces is not None, "which pads nothing even so"
 
 
 @pytest.mark.parametrize(
@@ -324,7 +371,7 @@ def test_a_model_of_which_parts_are_elsewhere_scores_the_same(family: str, num_c
     scorers = [ResponseScorer(model, PAD_ID) for model in (whole, parted)]
     for scorer in scorers:
         scorer.layout = choose_layout(scorer).layout
-        assert scorer.layout == "shared_prefix"
+        assert scorer.layout == ("packed" if family in PACKABLE else "shared_prefix")
     for batch in ([rows[0]], rows):
         np.testing.assert_array_equal(*(score_rows(scorer, batch, num_chunks) for scorer in scorers))
 
@@ -341,7 +388,7 @@ def test_layers_on_two_devices(family: str) -> None:
     scorers = [ResponseScorer(model, PAD_ID) for model in (whole, parted)]
     for scorer in scorers:
         scorer.layout = choose_layout(scorer).layout
-        assert scorer.layout == "shared_prefix"
+        assert scorer.layout == ("packed" if family in PACKABLE else "shared_prefix")
     np.testing.assert_allclose(*(score_rows(scorer, rows, 3) for scorer in scorers), atol=1e-3)
 
 

@@ -61,6 +61,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 UNSHAREABLE = ("mamba", "bloom", "mpt")
 SHAREABLE = tuple(family for family in FAMILIES if family not in UNSHAREABLE)
+PACKABLE = tuple(family for family in SHAREABLE if "attn_implementation" not in FAMILIES[family])
 
 
 def tiny_model(family: str, **overrides: Any) -> PreTrainedModel:

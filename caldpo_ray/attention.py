@@ -1,0 +1,120 @@
+"""Attention over packed rows: rows lie end to end in one sequence, and a token sees its prompt and its own response.
+
+Nothing is padded, and the matrix products of a micro-batch are as large as can be. transformers hands a mask of four dimensions
+to its attention function as it is, in all families; here that "mask" says where rows begin and end: on a CPU as a table of
+lengths, on a GPU as the block mask of FlexAttention.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+# A row up to this many tokens is one product under a dense mask; of a longer one, what the mask hides costs more than calls do.
+DENSE_TOKENS = 256
+# Settings of a model's attention that the paths below would drop in silence.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+SMALLEST_BUCKET, BUCKETS_PER_OCTAVE = 128, 4
+
+
+def row_mask(lengths: tuple[int, ...]) -> Tensor:
+    """[L, L] bool of one packed row, True where a query (row) sees a key (column); lengths are (prompt, *responses)."""
+    piece = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    causal = torch.ones(len(piece), len(piece), dtype=torch.bool).tril()
+    return causal & ((piece == 0) | (piece == piece[:, None]))
+
+
+def num_token_pairs(lengths: tuple[int, ...]) -> int:
+    """Query and key tokens that one row is computed for, hidden ones included."""
+    prompt, *responses = lengths
+    if sum(lengths) <= DENSE_TOKENS:
+        return sum(lengths) ** 2
+    return prompt**2 + sum(length * (prompt + length) for length in responses)
+
+
+def packed_mask(pieces: Tensor, by_blocks: bool) -> Tensor | BlockMask:
+    """What `packed_attention` needs to know of the rows whose `pieces` [rows, 1 + K] are (prompt, *responses) in tokens."""
+    return _block_mask(pieces) if by_blocks else pieces[None, None]
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask, scale: float | None, **settings: Any
+) -> Tensor:
+    """Attention [1, H, T, D] of packed rows, as [1, T, H, D]; keys and values may have fewer heads than queries.
+
+    Raises ValueError for a setting of the model's attention that is not computed here.
+    """
+    known = [name for name in UNSUPPORTED if settings.get(name) is not None]
+    if known or settings.get("dropout"):
+        raise ValueError(f"packed attention has no {', '.join(known or ['dropout'])}")
+    if isinstance(mask, BlockMask):
+        return _by_blocks(query, key, value, mask, scale)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    table = mask[0, 0].tolist()
+    sizes = [sum(lengths) for lengths in table]
+    rows = zip(table, *(torch.split(each, sizes, 2) for each in (query, key, value)), strict=True)
+    parts = [part.transpose(1, 2) for lengths, q, k, v in rows for part in _attend(tuple(lengths), q, k, v, scale)]
+    return torch.cat(parts, 1)
+
+
+def _attend(lengths: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> list[Tensor]:
+    """Attention of one row, in pieces [1, H, *, D] that follow each other."""
+    if sum(lengths) <= DENSE_TOKENS:
+        mask = _small_row_mask(lengths).to(query.device)
+        return [scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)]
+    queries, keys, values = (torch.split(each, list(lengths), 2) for each in (query, key, value))
+    parts = [scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scale)]
+    for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True):
+        if q.shape[2]:
+            seen, seen_values = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
+            mask = q.new_ones(q.shape[2], seen.shape[2], dtype=torch.bool).tril(lengths[0])
+            parts.append(scaled_dot_product_attention(q, seen, seen_values, attn_mask=mask, scale=scale))
+    return parts
+
+
+@functools.lru_cache(maxsize=256)  # every layer asks for the same ones; at most 16 MiB
+def _small_row_mask(lengths: tuple[int, ...]) -> Tensor:
+    return row_mask(lengths)
+
+
+# -- FlexAttention -------------------------------------------------------------------------------------------------------
+
+
+def bucket(num_tokens: int) -> int:
+    """The length that attention is compiled for: a quarter of an octave at most above the tokens there are."""
+    step = max(SMALLEST_BUCKET, (1 << (num_tokens.bit_length() - 1)) // BUCKETS_PER_OCTAVE)
+    return -(-num_tokens // step) * step
+
+
+def _block_mask(pieces: Tensor) -> BlockMask:
+    """Blocks of 128 x 128 tokens in which any query sees any key; the rest up to the bucket's end sees itself alone."""
+    lengths = pieces.flatten()
+    size = bucket(int(lengths.sum()))
+    rest = size - lengths.sum(0, keepdim=True)
+    piece = torch.repeat_interleave(torch.cat([lengths, rest]), output_size=size)
+    prompt = piece - piece % pieces.shape[1]
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & ((piece[key] == piece[query]) | (piece[key] == prompt[query]))
+
+    return create_block_mask(visible, None, None, size, size, device=str(pieces.device))
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    num_tokens = query.shape[2]
+    padded = [pad(tensor, (0, 0, 0, mask.shape[-1] - num_tokens)) for tensor in (query, key, value)]
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    output: Tensor = attend(*padded, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return output[:, :, :num_tokens].transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    """Compiled once per bucket, with and without gradients; torch gives up after eight versions unless told otherwise."""
+    torch._dynamo.config.recompile_limit = 128
+    return torch.compile(flex_attention, dynamic=False)
