@@ -259,10 +259,14 @@ def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), key, dtype, settings, store)
 
 
-def fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextManager[Any]] = Watcher) -> None:
+def fit(
+    prepared: Prepared,
+    watch: Callable[[Any, Path, int], AbstractContextManager[Any]] = Watcher,
+    controller: Any = None,
+) -> None:
     """Feed, reference pool and policy workers, until the last step is exported.
 
-    `watch(feed, metrics, number of steps)` is entered meanwhile; it shows how things go.
+    `watch(feed, metrics, number of steps)` is entered meanwhile and shows how things go; `controller` as PolicyTrainer takes it.
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -297,6 +301,7 @@ def fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMan
         }
     trainer = PolicyTrainer(
         train_loop,
+        controller,
         train_loop_config=worker_settings(prepared, feed),
         scaling_config=scaling,
         run_config=RunConfig(

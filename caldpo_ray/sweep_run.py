@@ -125,9 +125,9 @@ def run_trials(
         remove_tree(state)  # of an attempt that was killed
 
     def ended(trial: Trial) -> tuple[float | None, str]:
-        outcome = home.outcome(trial)
-        line = collect(home, trial, plan.metric, plan.smallest)
-        return line.get(f"selection/{plan.metric}"), outcome["state"] if outcome else "failed"
+        if (outcome := home.outcome(trial)) is None:
+            return None, "failed"
+        return collect(home, trial, plan.metric, plan.smallest).get(f"selection/{plan.metric}"), str(outcome["state"])
 
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(SweepTrial, shared=shared), NEXT_TO_NOTHING),

@@ -29,6 +29,7 @@ from caldpo_ray.run_dir import open_run_dir, read_metrics
 from caldpo_ray.search_space import Contestant
 from caldpo_ray.storage import is_remote, remove_tree
 from caldpo_ray.sweep_dir import SweepDir, Trial
+from caldpo_ray.trainer import start_controller
 
 POLL_SECONDS = 0.5
 
@@ -128,7 +129,7 @@ class SweepTrial(Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
         assert shared is not None
-        self._shared = shared
+        self._shared, self._controller = shared, start_controller()
         os.chdir(
             os.environ.get("TUNE_ORIG_WORKING_DIR", ".")
         )  # Tune went to a folder of its own; modules of users are here
@@ -169,7 +170,7 @@ class SweepTrial(Trainable):  # type: ignore[misc]
 
     def _run(self, trial: Trial, events: "SimpleQueue[Any]") -> None:
         try:
-            line = run_trial(self._shared, trial, self._evaluations)
+            line = run_trial(self._shared, trial, self._evaluations, self._controller)
         except InputError as error:  # wrong for every trial: the sweep ends with it
             events.put({"wrong": str(error), "not_ready": type(error).__name__, "done": True})
         except Exception as error:  # the thread ends with it either way; Tune decides on a retry
@@ -178,7 +179,7 @@ class SweepTrial(Trainable):  # type: ignore[misc]
             events.put({**line, "done": True})
 
 
-def run_trial(shared: Shared, trial: Trial, evaluations: Evaluations) -> dict[str, Any]:
+def run_trial(shared: Shared, trial: Trial, evaluations: Evaluations, controller: Any) -> dict[str, Any]:
     """Train, or go on; the last evaluation. Raises InputError for what no trial can do, anything else for a retry."""
     prepared, home = shared.prepared, shared.home
     contestant = shared.contestants[trial.objective]
@@ -193,7 +194,7 @@ def run_trial(shared: Shared, trial: Trial, evaluations: Evaluations) -> dict[st
         started = time.monotonic()
         try:
             with attempt(config, run):
-                fit(prepared, evaluations)
+                fit(prepared, evaluations, controller)
                 finish(prepared)
         except Diverged as error:
             if evaluations.ended:  # by the scheduler, which has told why, or because the whole sweep ends
