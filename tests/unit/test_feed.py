@@ -9,7 +9,17 @@ import pytest
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError, NotReady, RunError
-from caldpo_ray.feed import Feed, MicroBatch, Request, Share, SplitName, StaleAttempt, split_rows
+from caldpo_ray.feed import (
+    Feed,
+    MicroBatch,
+    Request,
+    Share,
+    SplitName,
+    StaleAttempt,
+    count_halves,
+    split_halves,
+    split_rows,
+)
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
 
@@ -188,3 +198,20 @@ def test_rows_of_steps_already_done_are_scored_again_only_for_a_later_epoch(
     settings = config(folder, f"train.epochs={epochs}", "data.shuffle=false")
     order = Feed(settings, [folder], None, first_step)._reference_order().tolist()
     assert order[:13] == list(range(8, 21)) and sorted(order) == list(expected)
+
+
+def test_the_halves_of_the_held_out_rows(folder: str) -> None:
+    """Together they are the held-out rows, none is in both, and each is served as a split of its own."""
+
+    async def run() -> None:
+        held_out = split_rows(RowCache([folder]), 0.6)[1]
+        halves = [half.tolist() for half in split_halves(RowCache([folder]), held_out)]
+        assert all(halves) and sorted(halves[0] + halves[1]) == held_out.tolist()
+        feed = Feed(config(folder, "data.eval=0.6"), [folder], None, in_halves=True)
+        for split, numbers in zip(("eval", "report"), halves, strict=True):
+            share = await feed.share(request(0, 0, 1, split=split))
+            names = [row.row_id for part in share.micro_batches for row in part.rows]
+            assert sorted(names) == [f"{number:04d}" for number in numbers]
+        assert count_halves([folder], 0.6) == (len(halves[0]), len(halves[1]))
+
+    asyncio.run(run())
