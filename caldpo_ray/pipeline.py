@@ -269,7 +269,7 @@ def fit(
     `watch(feed, metrics, number of steps)` is entered meanwhile and shows how things go; `controller` as PolicyTrainer takes it.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
     from caldpo_ray.trainer import PolicyTrainer
 
@@ -287,12 +287,6 @@ def fit(
     if not side_by_side:
         say("the cluster has no room for policy and reference at once: the reference fills its store first")
         _get(feed.reference_complete.remote())
-    scaling = ScalingConfig(
-        num_workers=config.train.num_workers,
-        use_gpu=config.train.use_gpu,
-        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **_gpus(config)},
-        label_selector=config.train.label_selector,
-    )
     ranked = {}
     if prepared.num_eval:
         ranked = {
@@ -303,7 +297,7 @@ def fit(
         train_loop,
         controller,
         train_loop_config=worker_settings(prepared, feed),
-        scaling_config=scaling,
+        scaling_config=_scaling(config),
         run_config=RunConfig(
             name="checkpoints",
             **ray_train_storage(run.path),
@@ -326,8 +320,17 @@ def fit(
         ray.kill(feed)
 
 
-def _gpus(config: Config) -> dict[str, float]:
-    return {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
+def _scaling(config: Config) -> Any:
+    """The policy workers, as Ray Train takes them."""
+    from ray.train import ScalingConfig
+
+    gpus = {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
+    return ScalingConfig(
+        num_workers=config.train.num_workers,
+        use_gpu=config.train.use_gpu,
+        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
+        label_selector=config.train.label_selector,
+    )
 
 
 def _newest_step(run: RunDir) -> int:
