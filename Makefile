@@ -30,9 +30,10 @@ test: install
 	$(BIN)/python -m pytest tests/ray; ray=$$?; \
 	wait $$others; code=$$?; cat .pytest-others.log; exit $$((ray | code))
 
+# `make bench BENCH="--repetitions 1 --skip scaling"` hands options on.
 bench: install
 	@echo "Benchmark: this project and TRL on the same rows, one after the other (about half an hour on two cores)"
-	@$(BIN)/python tests/benchmarks/throughput.py
+	@$(BIN)/python -m tests.benchmarks.throughput $(BENCH)
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

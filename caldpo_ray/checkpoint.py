@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from caldpo_ray import resharding
-from caldpo_ray.errors import RunError
+from caldpo_ray.errors import InputError, RunError
 
 TAG = "state"
 STATE_FILE = "trainer_state.json"
@@ -54,6 +54,20 @@ def read_state(folder: Path) -> TrainerState:
         ) from None
 
 
+def require_same_run(
+    state: TrainerState, identity: str, reference_key: str | None, rows_digest: str, run_dir: Path
+) -> None:
+    """Raises InputError when the checkpoint found in this run directory was made with something else."""
+    then = {"config": state.identity, "reference": state.reference_key, "rows": state.rows_digest}
+    now = {"config": identity, "reference": reference_key, "rows": rows_digest}
+    changed = [name for name in now if then[name] != now[name]]
+    if changed:
+        raise InputError(
+            f"run directory {run_dir}: its checkpoint is of another {' and '.join(changed)}; put that back, or"
+            " choose another run.name"
+        )
+
+
 def fits(state: TrainerState, world_size: int, zero_stage: int) -> bool:
     """Stage 0 keeps whole states on every rank; partitioned states fit only their own number of workers and stage."""
     return zero_stage == state.zero_stage and (zero_stage == 0 or world_size == state.world_size)
@@ -87,11 +101,12 @@ def _require_whole(folder: Path) -> None:
 
 
 def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:
-    """Full weights on the CPU of rank 0, an empty dict elsewhere; ZeRO-3 gathers one parameter at a time."""
+    """Full weights as they are now, on the CPU of rank 0 and an empty dict elsewhere; training on does not change them.
+
+    ZeRO-3 gathers one parameter at a time, so every rank calls this.
+    """
     if zero_stage < 3:
-        return (
-            {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()} if dist.get_rank() == 0 else {}
-        )
+        return _copy_of_state_dict(model) if dist.get_rank() == 0 else {}
     import deepspeed  # after the worker chose its accelerator
 
     weights: dict[str, torch.Tensor] = {}
@@ -101,4 +116,17 @@ def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torc
                 weights[name] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:
         weights.update({name: buffer.cpu() for name, buffer in model.named_buffers() if name in model.state_dict()})
+    return weights
+
+
+def _copy_of_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """On the CPU. Tied weights stay tied, and frozen ones that are there already are not copied."""
+    frozen = {parameter.data_ptr() for parameter in model.parameters() if not parameter.requires_grad}
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        key = tensor.data_ptr(), tensor.shape
+        if key not in copies:
+            copies[key] = tensor.to("cpu", copy=tensor.data_ptr() not in frozen)
+        weights[name] = copies[key]
     return weights

@@ -42,6 +42,8 @@ READ_CPUS, TOKENISE_CPUS = 0.25, 0.5
 MAX_RETRIES = 3  # of a task whose process or node dies: enough for lost nodes, and not for a row that kills its process
 NUM_SHOWN_REASONS = 8
 MAX_REASON = 1000  # characters
+MAX_REASONS = 1000  # that are told apart: some name a place in the row, and then every row has its own
+OTHER_REASONS = "another reason"
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _write_cache(
                 truncated += result["num_truncated"]
                 for bad in result["bad"]:
                     quarantine.write(json.dumps(bad, ensure_ascii=False) + "\n")
-                    reasons[bad["reason"]] += 1
+                    reasons[_counted_as(bad["reason"], reasons)] += 1
         num_rows = sum(part.num_rows for part in parts)
         counts = {
             "num_rows": num_rows,
@@ -142,6 +144,11 @@ def _write_cache(
     finally:
         if scratch != folder:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _counted_as(reason: str, reasons: Counter[str]) -> str:
+    """The driver holds so many reasons and no more; the quarantine has them all."""
+    return reason if reason in reasons or len(reasons) < MAX_REASONS else OTHER_REASONS
 
 
 def _execute(

@@ -6,9 +6,11 @@ outlive a restart of the policy group. Rows themselves stay memory-mapped on dis
 
 import asyncio
 import hashlib
+import pickle
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
-from caldpo_ray.schema import Floats, Layout, Row, Tokens
+from caldpo_ray.schema import Floats, Layout, Row
 from caldpo_ray.store import distinct_responses
 
 SplitName = Literal["train", "eval", "report"]
@@ -36,29 +38,31 @@ class MicroBatch:
     num_head_chunks: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travels as a few flat arrays: Ray moves each array by itself, and a row alone has four."""
+        """Travels as bytes end to end: a pickler takes longer over one array than over the rest of a row."""
         pieces = [ids for row in self.rows for ids in (row.prompt_ids, *row.response_ids)]
         return _unpack, (
-            np.concatenate(pieces) if pieces else np.empty(0, np.int32),
+            b"".join([ids.tobytes() for ids in pieces]),
             [len(ids) for ids in pieces],
-            np.concatenate([row.response_scores for row in self.rows]) if pieces else np.empty(0, np.float32),
+            b"".join([row.response_scores.tobytes() for row in self.rows]),
             [(row.row_id, len(row.response_ids), row.weight, row.columns) for row in self.rows],
-            self.reference_logps,
+            None if self.reference_logps is None else self.reference_logps.tobytes(),
             self.num_head_chunks,
         )
 
 
 def _unpack(
-    ids: Tokens, lengths: list[int], scores: Floats, facts: list[Any], logps: Floats | None, chunks: int
+    packed: bytes, lengths: list[int], packed_scores: bytes, facts: list[Any], logps: bytes | None, chunks: int
 ) -> Any:
-    """The micro-batch again; its rows are views of the flat arrays."""
-    pieces = iter(np.split(ids, np.cumsum(lengths)[:-1])) if lengths else iter(())
+    """The micro-batch again; its rows are views of the bytes."""
+    ids, scores = np.frombuffer(packed, np.int32), np.frombuffer(packed_scores, np.float32)
+    pieces = iter([ids[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)])
     rows, at = [], 0
     for name, k, weight, columns in facts:
-        prompt, responses = next(pieces), [next(pieces) for _ in range(k)]
+        prompt, responses = next(pieces), list(islice(pieces, k))
         rows.append(Row(name, prompt, responses, scores[at : at + k], weight, columns))
         at += k
-    return MicroBatch(rows, logps, chunks)
+    known = None if logps is None else np.frombuffer(logps, np.float32).reshape(len(rows), -1)
+    return MicroBatch(rows, known, chunks)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ class Share:
     micro_batches: list[MicroBatch]
     num_rows: int
     waited_reference_seconds: float
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Packed by the standard pickler: Ray's own asks Python about every object inside, which takes longer than all else."""
+        fields = self.micro_batches, self.num_rows, self.waited_reference_seconds
+        return _unpack_share, (pickle.dumps(fields, protocol=5),)
+
+
+def _unpack_share(packed: bytes) -> Share:
+    return Share(*pickle.loads(packed))
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,7 @@ class Feed:
         self._in_halves = in_halves
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
+        self._batches: dict[tuple[SplitName, int], asyncio.Task[tuple[Indices, float]]] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
         self._progress = Progress(reference=None if job is None else ReferenceProgress())
         self._error: Exception | None = None
@@ -199,8 +213,7 @@ class Feed:
         """
         await self.start()
         self._admit(request.attempt)
-        numbers = self._batch(request.split, request.step)
-        waited = await self._until_known(numbers)
+        numbers, waited = await self._known_batch(request.split, request.step)
         plans = self._plan(request, numbers)
         micro_batches = [self._micro_batch(numbers, plan) for plan in plans[request.rank]]
         return Share(micro_batches, len(numbers), waited)
@@ -216,7 +229,10 @@ class Feed:
     async def reference_complete(self) -> None:
         """Return when every log-prob is known and the pool has handed back its devices."""
         await self.start()
-        await self._until_known(self._reference_order())
+        while self._job is not None and not self._filled:
+            if self._error is not None:
+                raise self._error
+            await self._news.wait()
 
     async def rows_digest(self) -> str:
         """What the rows are and in which order, whatever file they came from."""
@@ -290,22 +306,29 @@ class Feed:
             logps[at, : last - first] = self._logps[self._distinct[first:last]]
         return MicroBatch(rows, logps, plan.num_head_chunks)
 
-    async def _until_known(self, numbers: Indices) -> float:
-        """Seconds waited until all responses of these rows have reference log-probs."""
+    async def _known_batch(self, split: SplitName, step: int) -> tuple[Indices, float]:
+        """(rows of a global batch, seconds waited for their log-probs). One task waits for all ranks: it looks at every answer."""
+        if (split, step) not in self._batches:
+            while len(self._batches) >= 8:
+                del self._batches[next(iter(self._batches))]
+            self._batches[split, step] = asyncio.create_task(self._until_known(self._batch(split, step)))
+        return await asyncio.shield(self._batches[split, step])
+
+    async def _until_known(self, numbers: Indices) -> tuple[Indices, float]:
         started = time.monotonic()
         while True:
+            filled = self._filled  # read first: the thread sets it after the last answer
             if self._error is not None:
                 raise self._error
             if self._logps is None or not self._unknown(numbers):
-                return time.monotonic() - started
-            if self._filled:
+                return numbers, time.monotonic() - started
+            if filled:
                 raise RunError("the reference stage ended without a log-prob that training needs; start the run again")
             await self._news.wait()
 
     def _unknown(self, numbers: Indices) -> bool:
         assert self._logps is not None
-        first, last = self._rows.first_response[numbers], self._rows.first_response[numbers + 1]
-        return any(np.isnan(self._logps[self._distinct[a:b]]).any() for a, b in zip(first, last, strict=True))
+        return bool(np.isnan(self._logps[self._distinct[self._rows.responses_of(numbers)]]).any())
 
     def _fill(self) -> None:
         """Thread: the reference stage, running ahead of training."""

@@ -3,7 +3,6 @@
 Every stage knows its own input; only this module knows their order. `train` returns when the model lies in the run directory.
 """
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from caldpo_ray.placement import OWN_CLUSTER, require_placeable
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import (
     ReferenceJob,
+    ReferenceProgress,
     reference_model,
 )
 from caldpo_ray.run_dir import (
@@ -39,11 +39,17 @@ from caldpo_ray.run_dir import (
     read_metrics,
     require_lasting_folders,
 )
-from caldpo_ray.storage import is_complete, make_folder, open_path, ray_train_storage, read_json, write_atomically
+from caldpo_ray.storage import (
+    full_disk_told,
+    is_complete,
+    make_folder,
+    open_path,
+    ray_train_storage,
+    read_json,
+    write_atomically,
+)
 from caldpo_ray.store import ReferenceStore, store_key
 from caldpo_ray.user_code import require_objective
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def train(
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)
-    with _full_disk_told(config.run_dir):
+    with full_disk_told(config.run_dir):
         return _train(config, fresh, verbose)
 
 
@@ -94,7 +100,7 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
         say(f"changed since the last attempt: {change}")
     with attempt(config, run):
         connect(verbose)
-        with _full_disk_told(config.run_dir):
+        with full_disk_told(config.run_dir):
             prepared = prepare(config, run)
             fit(prepared)
             finish(prepared)
@@ -126,18 +132,6 @@ def _write_end(run: RunDir, config: Config, identity: str, error: BaseException)
         run.write_status("failed", 3, str(error), identity)
     else:
         run.write_status("failed", 1, last_line(error), identity)
-
-
-@contextmanager
-def _full_disk_told(run_dir: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise RunError(
-            f"{error.filename or run_dir}: cannot be written ({error.strerror}); make room there, and the same command goes on"
-        ) from error
 
 
 def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
@@ -315,7 +309,7 @@ def fit(
                 raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
         progress = ray.get(feed.progress.remote())
         progress.raise_failure()
-        write_manifest(prepared, progress.places.values())
+        write_manifest(prepared, progress.places.values(), progress.reference)
     finally:
         ray.kill(feed)
 
@@ -385,8 +379,11 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
     }
 
 
-def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
-    """What this run was trained on and against, and where: versions, digests, store key, processes."""
+def write_manifest(prepared: Prepared, places: Iterable[Place], scoring: ReferenceProgress | None = None) -> None:
+    """What this run was trained on and against, and where: versions, digests, store key, processes.
+
+    `scoring` is what the reference did in the attempt that ended.
+    """
     from importlib.metadata import version
 
     packages = ("caldpo-ray", "ray", "torch", "transformers", "deepspeed", "peft")
@@ -395,7 +392,11 @@ def write_manifest(prepared: Prepared, places: Iterable[Place]) -> None:
         "policy": {"path": prepared.config.model.name_or_path, "digest": prepared.policy.weights},
         "reference": None
         if prepared.job is None
-        else {"path": prepared.job.model.name_or_path, "key": prepared.job.key},
+        else {
+            "path": prepared.job.model.name_or_path,
+            "key": prepared.job.key,
+            "scoring": None if scoring is None else asdict(scoring),
+        },
         "rows": [{"cache": fact.folder.name, "rows": fact.num_rows, "bad": fact.num_bad} for fact in prepared.facts],
         "train_rows": prepared.num_train,
         "eval_rows": prepared.num_eval,

@@ -89,7 +89,7 @@ class Watcher:
         self._first: tuple[int, float] | None = None
         self._news: list[str] = []
         self._num_notes = 0
-        self._placed = False
+        self._placed = self._scored = False
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> "Watcher":
@@ -138,6 +138,15 @@ class Watcher:
         if progress.started and not self._placed:
             self._news.append(describe_places(progress.places.values()))
             self._placed = True
+        reference = progress.reference
+        if (
+            reference
+            and reference.scored
+            and not self._scored
+            and reference.joined + reference.scored == reference.wanted
+        ):
+            self._news.append(reference.describe())
+            self._scored = True
         self._news += progress.notes[self._num_notes :]
         self._num_notes = len(progress.notes)
         try:
@@ -145,12 +154,7 @@ class Watcher:
         except Exception as error:  # remote storage that is away for a moment has its own errors, and the run goes on
             return f"metrics cannot be read now ({type(error).__name__}: {last_line(error)})"
         if line is None or not progress.started:
-            reference = progress.reference
-            scored = (
-                f"; reference log-probs: {reference.joined} known, {reference.scored} scored, of {reference.wanted}"
-                if reference and reference.wanted
-                else ""
-            )
+            scored = f"; {reference.describe()}" if reference and reference.wanted else ""
             state = "first step" if progress.started else "starting workers"
             return f"{time.monotonic() - self._started:4.0f} s  {state}{scored}"
         return self._step_text(line)

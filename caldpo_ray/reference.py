@@ -54,6 +54,7 @@ class ReferenceScorer:
         if feed is not None:
             feed.place.remote(this_place("reference actor"))
         self._told = ""
+        self._answered: float | None = None
         self._batch_tokens = job.settings.batch_tokens
         num_gpus = job.settings.num_gpus_per_actor if torch.cuda.is_available() else 0
         try:
@@ -69,7 +70,19 @@ class ReferenceScorer:
         self._scorer.layout = choose_layout(self._scorer).layout
 
     def __call__(self, request: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """Rows asked for by number; one answer per response: its flat number, and its log-prob in nats."""
+        """Rows asked for by number; one answer per response: its flat number, and its log-prob in nats.
+
+        The first one of a request says how long the request took, and how long this actor had waited for it.
+        """
+        started = time.monotonic()
+        answers = self._answers(request)
+        seconds = np.zeros((2, len(answers["response"])))
+        waited = 0.0 if self._answered is None else started - self._answered
+        self._answered = time.monotonic()
+        seconds[:, 0] = self._answered - started, waited
+        return answers | {"busy_seconds": seconds[0], "idle_seconds": seconds[1]}
+
+    def _answers(self, request: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         from caldpo_ray.scoring import score_rows
 
         if self._told:
@@ -106,6 +119,19 @@ class ReferenceProgress:
     joined: int = 0
     scored: int = 0
     seconds: float = 0.0
+    """From the first request to the newest answer, with the start of the actors."""
+    busy_seconds: float = 0.0
+    """Scoring, summed over the actors."""
+    idle_seconds: float = 0.0
+    """Between two requests, summed over the actors."""
+
+    def describe(self) -> str:
+        """One clause; with the speed and the idle share of the actors once there were any."""
+        text = f"reference log-probs: {self.joined} known, {self.scored} scored of {self.wanted}"
+        if not self.scored:
+            return text
+        idle = self.idle_seconds / (self.busy_seconds + self.idle_seconds)
+        return f"{text} ({self.scored / self.seconds:.0f}/s, actors idle {idle:.0%} of their time)"
 
 
 @dataclass
@@ -146,7 +172,7 @@ def reference_logps(
     known = np.full(len(distinct.digests), np.nan, np.float32)
     if job.store is not None:
         known = join(distinct.digests, *job.store.load())
-    wanted = distinct.of_response[_responses_of(rows, order)]
+    wanted = distinct.of_response[rows.responses_of(order)]
     progress.wanted = len(np.unique(wanted))
     hit = np.unique(wanted[~np.isnan(known[wanted])])
     progress.joined = len(hit)
@@ -158,9 +184,10 @@ def reference_logps(
     writer = _Writer(job.store, distinct, rows.response_lengths())
     started = time.monotonic()
     try:
-        for responses, logps in _score(job, folders, np.concatenate([complete[:NUM_PROBES], missing]), feed):
+        order = np.concatenate([complete[:NUM_PROBES], missing])
+        for responses, logps in _score(job, folders, order, feed, progress):
             numbers = distinct.of_response[responses]
-            _check_answers(rows, responses, logps, known[numbers], job)
+            _check_answers(rows, writer.lengths, responses, logps, known[numbers], job)
             new, at = np.unique(numbers[np.isnan(known[numbers])], return_index=True)
             values = logps[np.isnan(known[numbers])][at]
             known[new] = values
@@ -198,7 +225,7 @@ def _reference_logps_and_progress(
 def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Floats) -> tuple[Indices, Indices]:
     """(rows that hold the first occurrence of an unknown response, rows that hold none), each in `order`."""
     counts = rows.response_counts()[order]
-    numbers = distinct.of_response[_responses_of(rows, order)]
+    numbers = distinct.of_response[rows.responses_of(order)]
     unknown = np.flatnonzero(np.isnan(known[numbers]))
     _, first = np.unique(numbers[unknown], return_index=True)
     places = np.repeat(np.arange(len(order)), counts)[unknown[first]]
@@ -207,15 +234,9 @@ def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Fl
     return order[needed], order[~needed]
 
 
-def _responses_of(rows: RowCache, order: Indices) -> Indices:
-    """Flat numbers of all responses of these rows, in order."""
-    first, counts = rows.first_response[order], rows.response_counts()[order]
-    ends = np.cumsum(counts)
-    inner = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
-    return np.asarray(np.repeat(first, counts) + inner, np.int64)
-
-
-def _check_answers(rows: RowCache, responses: Indices, logps: Floats, stored: Floats, job: ReferenceJob) -> None:
+def _check_answers(
+    rows: RowCache, lengths: npt.NDArray[np.int32], responses: Indices, logps: Floats, stored: Floats, job: ReferenceJob
+) -> None:
     def name(at: int) -> str:
         number = int(np.searchsorted(rows.first_response, responses[at], side="right")) - 1
         return f"row {rows[number].row_id}, response {int(responses[at] - rows.first_response[number])}"
@@ -225,7 +246,7 @@ def _check_answers(rows: RowCache, responses: Indices, logps: Floats, stored: Fl
         raise RunError(
             f"reference {job.model.name_or_path}: log-prob of {name(bad[0])} is {logps[bad[0]]}; the model's weights are broken"
         )
-    tolerance = probe_tolerance(job.dtype, rows.response_lengths()[responses])
+    tolerance = probe_tolerance(job.dtype, lengths[responses])
     off = np.flatnonzero(np.abs(logps - stored) > tolerance)
     if len(off):
         at = off[0]
@@ -240,7 +261,9 @@ def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np
     return 1e-3 + 1e-4 * tokens if dtype == "float32" else 0.5 + 0.02 * tokens
 
 
-def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None) -> Iterator[tuple[Indices, Floats]]:
+def _score(
+    job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None, progress: ReferenceProgress
+) -> Iterator[tuple[Indices, Floats]]:
     """One Ray Data execution: row numbers in, through the actor pool, answers out."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
@@ -265,6 +288,8 @@ def _score(job: ReferenceJob, folders: list[str], order: Indices, feed: Any | No
         )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         raise_told(str(batch["error"][0]))
+        progress.busy_seconds += float(batch["busy_seconds"].sum())
+        progress.idle_seconds += float(batch["idle_seconds"].sum())
         yield batch["response"], batch["logp"]
 
 

@@ -27,9 +27,9 @@ def build_reference(config: Config, verbose: bool = False) -> None:
     said = time.monotonic()
     for _ in _translated(reference_logps_for_driver(prepared.job, prepared.folders, order, progress)):
         if time.monotonic() - said >= PLAIN_SECONDS:
-            say(f"reference: {progress.joined} known, {progress.scored} scored of {progress.wanted}")
+            say(progress.describe())
             said = time.monotonic()
-    say(f"reference: {progress.joined} known, {progress.scored} scored of {progress.wanted} distinct responses")
+    say(progress.describe())
     assert prepared.job.store is not None
     say(f"reference: complete in {prepared.job.store.folder}")
 
@@ -47,14 +47,14 @@ def verify_reference(config: Config, count: int, verbose: bool = False) -> None:
         raise InputError(f"reference store {job.store.folder}: holds none of this config's responses; build it first")
     chosen = np.random.default_rng(config.run.seed).choice(known, min(count, len(known)), replace=False)
     places = np.unique(np.searchsorted(rows.first_response, distinct.first[chosen], side="right") - 1)
-    off, compared = 0.0, 0
+    off, compared, lengths = 0.0, 0, rows.response_lengths()
     for numbers, logps in _translated(
         reference_logps_for_driver(replace(job, store=None), prepared.folders, places, ReferenceProgress())
     ):
         both = ~np.isnan(stored[numbers])
         compared += int(both.sum())
         off = max(off, float(np.abs(logps - stored[numbers])[both].max(initial=0.0)))
-        allowed = probe_tolerance(job.dtype, rows.response_lengths()[distinct.first[numbers]])
+        allowed = probe_tolerance(job.dtype, lengths[distinct.first[numbers]])
         if (np.abs(logps - stored[numbers]) > allowed)[both].any():
             raise RunError(
                 f"reference store {job.store.folder}: a stored log-prob is off by {off:.4f} nats; remove it with"

@@ -175,6 +175,14 @@ class RowCache:
         """[rows] number of responses k."""
         return _concat([np.diff(part.row_offsets) for part in self._parts], np.int32)
 
+    def responses_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the responses of these rows stand in the flat arrays, row after row."""
+        first = self.first_response[numbers]
+        counts = self.first_response[numbers + 1] - first
+        ends = np.cumsum(counts)
+        inner = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+        return np.asarray(np.repeat(first, counts) + inner, np.int64)
+
     def response_lengths(self) -> npt.NDArray[np.int32]:
         """[all responses] tokens, row after row."""
         return _concat([np.diff(part.response_offsets) for part in self._parts], np.int32)

@@ -4,6 +4,7 @@ On a disk files and folders appear by a rename. Object storage has neither folde
 upload, and a folder that we publish is complete once its last file, `_SUCCESS`, is there (the convention of Hadoop and Spark).
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ import pyarrow as pa
 from caldpo_ray.errors import InputError, NotReady, RunError, last_line
 
 COMPLETE = "_SUCCESS"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EXTRAS = {"s3": "caldpo-ray[s3]", "s3a": "caldpo-ray[s3]", "gs": "caldpo-ray[gcs]", "gcs": "caldpo-ray[gcs]"}
 # What file systems call that which changes with a file's content, the surest first.
 CONTENT_FACTS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
@@ -68,6 +70,19 @@ def reaching(key: str, name: str | Path) -> Iterator[None]:
                 " reading, writing and deleting in the environment"
             )
         raise NotReady(f"{key} {name}: {what}") from error
+
+
+@contextmanager
+def full_disk_told(where: str | Path) -> Iterator[None]:
+    """A disk that takes no more comes out as one message, naming the error's file or else `where`. Raises RunError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(
+            f"{error.filename or where}: cannot be written ({error.strerror}); make room there, and the same command goes on"
+        ) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -5,11 +5,10 @@ count of the global batch, so accumulation and sharding do not change it.
 """
 
 import contextlib
-import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +31,15 @@ from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
+from caldpo_ray.optimizers import learning_rate, make_optimizer
 from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
-from caldpo_ray.storage import open_path, publishing
+from caldpo_ray.storage import open_path
 from caldpo_ray.sweep_options import broken_rule
+from caldpo_ray.uploads import Uploads
 
 PREFETCH_STEPS = 2
-
-
-def learning_rate(train: TrainSection, step: int, num_steps: int) -> float:
-    """Learning rate of optimiser step `step` (from 0): linear warm-up, then constant, or decay to zero."""
-    warmup = math.ceil(train.warmup_ratio * num_steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    if train.lr_scheduler == "constant":
-        return train.learning_rate
-    done = (step - warmup) / max(1, num_steps - warmup)
-    share = 1 - done if train.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    return train.learning_rate * share
-
-
-def make_optimizer(model: torch.nn.Module, train: TrainSection) -> torch.optim.Optimizer:
-    """AdamW, or the RMSprop of the Cal-DPO paper; norms and biases are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trainable, "weight_decay": 0.0}]
-    if train.weight_decay:
-        # Under zero.Init a parameter is empty on this rank and keeps its shape in ds_shape.
-        matrices = {id(p) for p in trainable if len(vars(p).get("ds_shape", p.shape)) > 1}
-        groups = [
-            {"params": [p for p in trainable if id(p) in matrices], "weight_decay": train.weight_decay},
-            {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
-        ]
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)  # one pass over each parameter
-    return torch.optim.RMSprop(groups, lr=train.learning_rate)
 
 
 def set_up_process(train: TrainSection) -> torch.device:
@@ -164,7 +137,8 @@ class PolicyWorker:
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.pending: dict[tuple[SplitName, int], Any] = {}
         self.evaluated: dict[str, float] = {}
-        self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0}
+        self.uploads = Uploads(self.run.path, self.rank, partial(tell_failure, settings))
+        self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         if self.rank == 0:
             self.loggers = open_loggers(self.config.loggers, self.run.path, settings["config"], settings["identity"])
@@ -179,21 +153,31 @@ class PolicyWorker:
 
     def train(self) -> None:
         """All remaining steps, with evaluation, checkpoints and the final export."""
-        train, num_steps = self.config.train, self.schedules["train"].num_steps
+        num_steps = self.schedules["train"].num_steps
         step, best = self.resume()
         while step < num_steps:
+            evaluates, saves = self.due(step + 1)
+            if evaluates:
+                self.ask_ahead("eval", 0)
             line = self.train_step(step)
             step += 1
-            last = step == num_steps
             if line:
                 self.write(line)
-            saving = last or (train.save_every is not None and step % train.save_every == 0)
-            evaluating = train.eval_every is not None and step % train.eval_every == 0
-            if self.settings["num_eval"] and (evaluating or saving):
+            if evaluates:
                 best = self.evaluate(step, best)
-            if saving:
+            if saves:
                 self.save(step, best)
         self.export(self.run.model)
+        self.uploads.finish_model()  # and Ray Train waits until the last checkpoint is committed
+
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Whether the held-out rows are evaluated and a checkpoint is saved after so many steps: one is ranked by the other."""
+        train = self.config.train
+        saves = step == self.schedules["train"].num_steps or (
+            train.save_every is not None and step % train.save_every == 0
+        )
+        evaluates = train.eval_every is not None and step % train.eval_every == 0
+        return bool(self.settings["num_eval"]) and (evaluates or saves), saves
 
     def resume(self) -> tuple[int, float | None]:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
@@ -211,20 +195,8 @@ class PolicyWorker:
             return None
         # Not from `as_directory`, which would download all of a remote checkpoint for it.
         state = checkpoint.read_state(self.run.path / "checkpoints" / Path(self.checkpoint.path).name)
-        changed = [
-            name
-            for name, before, now in (
-                ("config", state.identity, self.settings["identity"]),
-                ("reference", state.reference_key, self.settings["reference_key"]),
-                ("rows", state.rows_digest, self.rows_digest),
-            )
-            if before != now
-        ]
-        if changed:
-            raise InputError(
-                f"run directory {self.run.path}: its checkpoint is of another {' and '.join(changed)}; put that back, or"
-                " choose another run.name"
-            )
+        identity, reference_key = self.settings["identity"], self.settings["reference_key"]
+        checkpoint.require_same_run(state, identity, reference_key, self.rows_digest, self.run.path)
         return state
 
     def train_step(self, step: int) -> dict[str, Any]:
@@ -307,40 +279,37 @@ class PolicyWorker:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self, step: int, best: float | None) -> None:
-        """Checkpoint this step and wait until Ray Train has committed it, so that a kill right after loses nothing."""
+        """Checkpoint this step. Training goes on while the files go to storage, until the next call."""
+        started = time.monotonic()
         schedule = self.schedules["train"]
         stage = self.config.train.deepspeed.zero_stage
         state = TrainerState(
             step, schedule.position(step)[0], schedule.rows_consumed(step), self.settings["identity"],
             self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
         )  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(self.engine, state, Path(folder))
-            ray.train.report(
-                {"step": step, **{k: v for k, v in self.evaluated.items() if isinstance(v, float)}},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{step:08d}",
-            )
-        ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+        scores = {name: value for name, value in self.evaluated.items() if isinstance(value, float)}
+        self.uploads.checkpoint(self.engine, state, scores)
+        self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
 
     def export(self, target: Path) -> None:
-        """A plain Hugging Face folder (an adapter folder with LoRA), complete or absent."""
+        """A plain Hugging Face folder (an adapter folder with LoRA), complete or absent, written while training goes on."""
+        started = time.monotonic()
         model = self.engine.module.model
         weights = checkpoint.gather_state_dict(model, self.config.train.deepspeed.zero_stage)
+
+        def write(scratch: Path) -> None:
+            model.save_pretrained(scratch, state_dict=weights)
+            save_tokenizer(self.policy, self.config.data.chat_template, scratch)
+
         if self.rank == 0:
-            with publishing(target) as scratch:
-                model.save_pretrained(scratch, state_dict=weights)
-                save_tokenizer(self.policy, self.config.data.chat_template, scratch)
-        dist.barrier()
+            self.uploads.model(target, write)
+        self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
 
     # -- small parts ---------------------------------------------------------------------------------------------
 
     def next_share(self, split: SplitName, step: int) -> Share:
         """This rank's share; the next ones are requested before it is used."""
-        last = self.schedules[split].num_steps
-        for ahead in range(step, min(step + PREFETCH_STEPS + 1, last)):
-            if (split, ahead) not in self.pending:
-                self.pending[split, ahead] = self.feed.share.remote(self._request(split, ahead))
+        self.ask_ahead(split, step)
         started = time.monotonic()
         share: Share = ray.get(self.pending.pop((split, step)))
         waited = time.monotonic() - started
@@ -348,6 +317,12 @@ class PolicyWorker:
         self.waits["wait/reference_seconds"] += reference
         self.waits["wait/feed_seconds"] += waited - reference
         return share
+
+    def ask_ahead(self, split: SplitName, step: int) -> None:
+        """Have the feed cut the share of this step and of the next ones, unless they were asked for."""
+        for ahead in range(step, min(step + PREFETCH_STEPS + 1, self.schedules[split].num_steps)):
+            if (split, ahead) not in self.pending:
+                self.pending[split, ahead] = self.feed.share.remote(self._request(split, ahead))
 
     def _request(self, split: SplitName, step: int) -> Request:
         layout = self.engine.module.layout
@@ -438,16 +413,26 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     What restarting would not cure goes to the feed, and every rank ends quietly: the driver raises it. Anything else, a
     lost peer above all, is raised, and Ray Train starts the group again from the last checkpoint.
     """
-    feed = settings["feed"]
     try:
         PolicyWorker(settings).train()
     except (InputError, RunError) as error:
-        ours = find_error(error) or error  # without Ray's account of where it came from
-        ray.get(feed.fail.remote(type(ours).__name__, str(ours)))
+        tell_failure(settings, error)
         dist.destroy_process_group()  # peers inside a collective wake up with an error
     except Exception as error:
-        if ray.get(feed.progress.remote()).failure is None:
-            restarts = settings["config"]["train"]["max_failures"]
-            after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
-            feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
+        if tell_failure(settings, error):
             raise
+
+
+def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
+    """Tell the feed why this rank stops; whether starting the group again may cure it."""
+    feed = settings["feed"]
+    if isinstance(error, (InputError, RunError)):
+        ours = find_error(error) or error  # without Ray's account of where it came from
+        ray.get(feed.fail.remote(type(ours).__name__, str(ours)))
+        return False
+    if ray.get(feed.progress.remote()).failure is not None:
+        return False
+    restarts = settings["config"]["train"]["max_failures"]
+    after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
+    feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
+    return True

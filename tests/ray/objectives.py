@@ -1,13 +1,19 @@
 """Objectives of a user, named in a config as `tests.ray.objectives:function`."""
 
+import errno
 import gc
 import json
 import os
+import threading
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from caldpo_ray.objectives import get_objective
 
 
 def explodes(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float, at: float) -> Tensor:
@@ -32,6 +38,30 @@ def observed(
         file.write(json.dumps(facts) + "\n")
     log_ratios = policy_logps - reference_logps
     return -beta * (log_ratios[:, 0] - log_ratios[:, 1])
+
+
+def with_a_gate(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
+) -> Tensor:
+    """Cal-DPO. In its process, files of the checkpoint of step 10 reach storage once `folder` holds a file `open`.
+
+    A file `full` makes of that storage a full disk.
+    """
+    if not hasattr(os.rename, "__wrapped__"):
+        os.rename = _gated(os.rename, Path(folder))
+    return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
+
+
+def _gated(rename: Any, folder: Path) -> Any:
+    @wraps(rename)
+    def gated(source: Any, target: Any, **options: Any) -> None:
+        while "step-00000010" in str(target) and not (folder / "open").exists():
+            if (folder / "full").exists():
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            threading.Event().wait(0.05)
+        rename(source, target, **options)
+
+    return gated
 
 
 def fails(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, raises: bool) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -14,10 +15,14 @@ import yaml
 from safetensors.numpy import load_file
 
 import caldpo_ray
+from caldpo_ray.errors import NotReady
+from caldpo_ray.pipeline import _newest_step
+from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import local_copy, open_path, read_bytes
 from tests.conftest import wait_until
 
-TIMES = ("pairs_per_second", "tokens_per_second", "wait/reference_seconds", "wait/feed_seconds", "mfu")
+WAITS = ("wait/reference_seconds", "wait/feed_seconds", "wait/checkpoint_seconds")
+TIMES = ("pairs_per_second", "tokens_per_second", "mfu", *WAITS)
 
 
 def write_config(folder: Path, world: Path, **sections: dict[str, Any]) -> Path:
@@ -84,6 +89,21 @@ class LiveRun(Run):
             return any(line["step"] >= step for line in self.lines())
 
         wait_until(reached, f"step {step}")
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Until one of this step or a later one is committed: a kill from then on loses nothing before it."""
+
+        def committed() -> bool:
+            assert self.process.poll() is None, f"the run ended before that:\n{self.process.communicate()[0]}"
+            return self.newest_checkpoint() >= step
+
+        wait_until(committed, f"the checkpoint of step {step}")
+
+    def newest_checkpoint(self) -> int:
+        """The step that a resumed run goes on from, as Ray Train has it in its list."""
+        with suppress(NotReady):  # Ray Train is writing it
+            return _newest_step(RunDir(self.path))
+        return 0
 
     def finish(self, expect: int = 0, seconds: float = 400.0) -> str:
         output = self.process.communicate(timeout=seconds)[0]

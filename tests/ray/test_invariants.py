@@ -85,7 +85,7 @@ def test_a_killed_driver_resumes_with_another_number_of_workers(baseline_config:
     """At the same ZeRO stage; the other combinations are in `tests/unit/test_resharding.py`."""
     overrides = ("train.deepspeed.zero_stage=3", "train.save_every=6")
     killed = start(baseline_config, "elastic", "train.num_workers=2", *overrides)
-    killed.wait_for_step(14)
+    killed.wait_for_checkpoint(12)
     kill(killed.process.pid)
     assert killed.process.wait() == -signal.SIGKILL
     before = killed.lines()
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_with_the_same_rows_only(
     shutil.copy(world / "train.jsonl", rows)
     overrides = (f"data.train={rows}", "train.save_every=6")
     interrupted = start(baseline_config, "interrupted", "train.num_workers=2", *overrides)
-    interrupted.wait_for_step(14)
+    interrupted.wait_for_checkpoint(12)
     interrupted.process.send_signal(signal.SIGINT)
     assert "Traceback" not in interrupted.finish(130)
     status = json.loads((interrupted.path / "status.json").read_text())

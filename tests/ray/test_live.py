@@ -106,6 +106,15 @@ def test_policy_and_reference_have_gpus_of_their_own(run: LiveRun) -> None:
     assert len(gpus) == len(set(gpus)) == 3
 
 
+def test_the_manifest_says_how_busy_the_reference_was(run: LiveRun) -> None:
+    scoring = json.loads((run.path / "manifest.json").read_text())["reference"]["scoring"]
+    assert scoring["scored"] == scoring["wanted"] > 0
+    assert scoring["busy_seconds"] > 0 <= scoring["idle_seconds"]
+    assert scoring["busy_seconds"] + scoring["idle_seconds"] < scoring["seconds"], (
+        "of one actor, which had to start first"
+    )
+
+
 def test_its_log_ratios_are_those_of_plain_transformers(run: LiveRun, rows: Path, reference: Path) -> None:
     gaps = plain_logps(run.path / "init", rows) - plain_logps(reference, rows)
     first = run.lines()[0]

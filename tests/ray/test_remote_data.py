@@ -47,7 +47,7 @@ def test_a_run_in_a_bucket_killed_and_resumed(
     config: Path, baseline: RunDir, world: Path, s3: Any, tmp_path: Path
 ) -> None:
     killed = start(config, "run")
-    killed.wait_for_step(14)
+    killed.wait_for_checkpoint(12)
     kill(killed.process.pid)
     assert killed.process.wait() == -signal.SIGKILL
     before = killed.lines()

@@ -1,11 +1,15 @@
 """The spine, for real: world, data, reference actors, feed, two DeepSpeed workers, kill -9 of one, identical resume."""
 
 import json
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
+from tests.conftest import wait_until
 from tests.ray.runs import Run, assert_same, kill, pids, start, train, write_config
 
 pytestmark = pytest.mark.ray
@@ -28,7 +32,7 @@ def undisturbed(config: Path, cluster: str) -> Run:
 
 def test_a_killed_policy_worker_changes_nothing(config: Path, undisturbed: Run) -> None:
     run = start(config, "killed", "reference.store=null")
-    run.wait_for_step(13)
+    run.wait_for_checkpoint(10)
     workers = pids("RayTrainWorker")
     assert len(set(workers)) == 2
     kill(workers[1])
@@ -38,6 +42,37 @@ def test_a_killed_policy_worker_changes_nothing(config: Path, undisturbed: Run) 
     steps = [line["step"] for line in run.lines() if line["split"] == "train"]
     assert steps == list(range(1, 27)), "2 epochs of ceil(400 / 32) steps, each once"
     assert_same(run, undisturbed)
+
+
+def test_training_goes_on_while_a_checkpoint_is_on_its_way(config: Path, undisturbed: Run, tmp_path: Path) -> None:
+    """Until then a kill resumes from the one before; and a disk that takes no more is one message, not a lost checkpoint."""
+    config = Path(shutil.copy(config, tmp_path))
+    config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:with_a_gate"))
+    overrides = (f"objective.folder={tmp_path}", "train.save_every=5", "train.eval_every=null")
+    run = start(config, "gated", *overrides)
+    run.wait_for_step(14)
+    assert run.newest_checkpoint() == 5, "that of step 10 is held up"
+    workers = pids("RayTrainWorker")
+    kill(workers[1])
+    wait_until(lambda: len(set(pids("RayTrainWorker")) - set(workers)) == 2, "a new group of workers")
+    before = run.lines()
+    (tmp_path / "full").touch()
+    said = run.finish(3)
+    assert re.search(r"step-00000010/\S+: cannot be written \(No space left on device\); make room there", said), said
+    assert said.count("starts again from the last checkpoint") == 1, "after the kill, not for a full disk"
+    assert run.last_step_kept(before) == 5
+
+    (tmp_path / "full").unlink()
+    (tmp_path / "open").touch()
+    run = start(config, "gated", *overrides)
+    run.finish()
+    steps = [line["step"] for line in run.lines() if line["split"] == "train"]
+    assert steps == list(range(1, 27)), "each once"
+    assert run.newest_checkpoint() == 26, "the last one is committed before the run is complete"
+    for folder in ("model", "best"):
+        ours, theirs = run.weights(folder), undisturbed.weights(folder)
+        assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert not list(Path(tempfile.gettempdir()).glob("caldpo-checkpoint-*")), "what killed workers left is cleared away"
 
 
 def test_the_best_model_and_its_checkpoint_are_kept_beside_the_last(undisturbed: Run) -> None:

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import numpy as np
 import pytest
 
 from caldpo_ray.config import DataSection, ModelSection
-from caldpo_ray.data import MAX_REASON, _tokenise_batch, _what_stopped, cache_key, make_row
+from caldpo_ray.data import (
+    MAX_REASON,
+    MAX_REASONS,
+    OTHER_REASONS,
+    _counted_as,
+    _tokenise_batch,
+    _what_stopped,
+    cache_key,
+    make_row,
+)
 from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.schema import BadRow, Row
 from caldpo_ray.sources import iterate, list_sources
@@ -162,3 +172,13 @@ def test_a_task_whose_process_dies_names_what_it_ran() -> None:
     )
     assert "runs the tokenizer" in _what_stopped(WorkerCrashedError(), DataSection(train="x"))
     assert _what_stopped(ValueError("one\ntwo"), DataSection(train="x")) == "two"
+
+
+def test_reasons_that_differ_from_row_to_row_do_not_fill_the_driver() -> None:
+    reasons: Counter[str] = Counter({"often": 1})
+    for number in range(2 * MAX_REASONS):
+        for reason in (f"not JSON: at character {number}", "often"):
+            reasons[_counted_as(reason, reasons)] += 1
+    assert reasons.total() == 1 + 4 * MAX_REASONS
+    assert len(reasons) == MAX_REASONS + 1
+    assert (reasons["often"], reasons[OTHER_REASONS]) == (1 + 2 * MAX_REASONS, MAX_REASONS + 1)

@@ -49,6 +49,9 @@ def test_flat_arrays_match_the_rows(tmp_path: Path, rows: list[Row]) -> None:
     found = cache(tmp_path / "rows", rows)
     assert found.prompt_lengths().tolist() == [len(r.prompt_ids) for r in rows]
     assert found.response_counts().tolist() == [len(r.response_ids) for r in rows]
+    for numbers in ([], [3], [19, 0, 3]):
+        expected = [place for n in numbers for place in range(found.first_response[n], found.first_response[n + 1])]
+        assert found.responses_of(np.array(numbers, np.int64)).tolist() == expected
     assert found.response_lengths().tolist() == [len(ids) for r in rows for ids in r.response_ids]
     assert found.first_response[-1] == sum(len(r.response_ids) for r in rows)
     expected = [response_digest(r.prompt_ids, ids) for r in rows for ids in r.response_ids]

@@ -3,10 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from caldpo_ray.config import TrainSection
+from caldpo_ray.batching import Schedule
+from caldpo_ray.config import Config, TrainSection
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import open_loggers, scalars
-from caldpo_ray.training import learning_rate, make_optimizer
+from caldpo_ray.optimizers import learning_rate, make_optimizer
+from caldpo_ray.training import PolicyWorker
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,21 @@ from caldpo_ray.training import learning_rate, make_optimizer
 def test_learning_rates(scheduler: str, expected: list[float]) -> None:
     train = TrainSection.model_validate({"learning_rate": 1.0, "warmup_ratio": 0.2, "lr_scheduler": scheduler})
     assert [learning_rate(train, step, 10) for step in range(10)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("num_eval", "evaluated", "saved"), [(9, [2, 3, 4, 6, 7], [3, 6, 7]), (0, [], [3, 6, 7])])
+def test_held_out_rows_are_evaluated_before_each_save_and_the_last_step_is_saved(
+    num_eval: int, evaluated: list[int], saved: list[int]
+) -> None:
+    worker = object.__new__(PolicyWorker)
+    train = {"eval_every": 2, "save_every": 3}
+    values = {"model": {"name_or_path": "m"}, "data": {"train": "d"}, "objective": {"name": "sft"}, "train": train}
+    worker.config = Config.model_validate({"run": {"name": "r"}, **values})
+    worker.settings = {"num_eval": num_eval}
+    worker.schedules = {"train": Schedule(28, 4, 1, 0, True)}
+    due = {step: worker.due(step) for step in range(1, 8)}
+    assert [step for step, (evaluates, _) in due.items() if evaluates] == evaluated
+    assert [step for step, (_, saves) in due.items() if saves] == saved
 
 
 def test_norms_and_biases_are_not_decayed() -> None:

@@ -1,0 +1,125 @@
+"""What leaves a policy worker while it trains on: checkpoints for Ray Train's storage, models for the run directory.
+
+Training stands still while a checkpoint is written to this node's temporary folder and while weights are copied in memory; threads
+do the rest. A checkpoint is committed only when the models given before it are in their place, so that a run which resumes from it
+never finds a `best/` older than the checkpoint says.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+from safetensors import SafetensorError
+
+from caldpo_ray import checkpoint
+from caldpo_ray.checkpoint import TrainerState
+from caldpo_ray.errors import RunError, last_line
+from caldpo_ray.storage import full_disk_told, is_remote, publishing, remove_tree
+
+# What torch and safetensors say of a file that they could not write to its end; they keep no error number.
+UNWRITTEN = ("inline_container", "PytorchStreamWriter", "I/O error")
+
+
+class Uploads:
+    """The checkpoint and the model of one rank that are on their way. At most one of each, so that they need bounded room."""
+
+    def __init__(self, run_dir: Path, rank: int, tell: Callable[[Exception], Any]) -> None:
+        """`tell` gets what an upload fails with, in its thread; Ray Train then stops the group, whatever the loop does."""
+        self._checkpoints, self._rank, self._tell = run_dir / "checkpoints", rank, tell
+        run = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
+        self._scratch = f"caldpo-checkpoint-{run}-{rank}-"
+        for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a worker of this rank that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._model: Future[None] | None = None
+
+    def checkpoint(self, engine: Any, state: TrainerState, scores: dict[str, float]) -> None:
+        """Write a checkpoint and return; it is committed later. Every rank calls this. Waits for the one before it.
+
+        `scores` rank it among others. An upload that fails ends the attempt, at the latest in the next call.
+        """
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        name = f"step-{state.step:08d}"
+        with writing(tempfile.gettempdir()):
+            folder = Path(tempfile.mkdtemp(prefix=self._scratch))
+            checkpoint.save(engine, state, folder)
+        if self._rank == 0:
+            # A kill may have left a part of it there, written by another number of workers.
+            with suppress(FileNotFoundError):
+                remove_tree(self._checkpoints / name)
+        ray.train.report(
+            {"step": state.step, **scores},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # which deletes `folder` afterwards
+            checkpoint_upload_fn=self._upload,
+        )
+
+    def _upload(self, written: Checkpoint, name: str) -> Checkpoint:
+        """In Ray Train's thread: the files of this rank beside those of the others."""
+        try:
+            self.finish_model()
+            storage = ray.train.get_context().get_storage()
+            target = Path(storage.build_checkpoint_path_from_name(name))
+            with writing(self._checkpoints / name):
+                if is_remote(self._checkpoints) or not on_one_file_system(Path(written.path), target.parent):
+                    return storage.persist_current_checkpoint(written, name)
+                move_files(Path(written.path), target)
+            return Checkpoint(str(target), storage.storage_filesystem)
+        except Exception as error:
+            self._tell(error)
+            raise
+
+    def model(self, target: Path, write: Callable[[Path], None]) -> None:
+        """Publish what `write` puts into a folder as `target`, in a thread. Raises what the model before failed with."""
+        self.finish_model()
+        self._model = self._thread.submit(_publish, target, write)
+
+    def finish_model(self) -> None:
+        """Return when the model given last is in its place. Raises what it failed with."""
+        if self._model is not None:
+            self._model.result()
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    with writing(target), publishing(target) as scratch:
+        write(scratch)
+
+
+@contextmanager
+def writing(where: str | Path) -> Iterator[None]:
+    """A disk that takes no more is one message, whichever library met it. Raises RunError."""
+    with full_disk_told(where):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            if not any(word in str(error) for word in UNWRITTEN):
+                raise
+            reason = last_line(error)
+            raise RunError(
+                f"{where}: cannot be written ({reason}); make room there, and the same command goes on"
+            ) from error
+
+
+def on_one_file_system(folder: Path, other: Path) -> bool:
+    """Whether a file can go from one to the other by a rename; False where one of them is not on this node."""
+    try:
+        return folder.stat().st_dev == other.stat().st_dev
+    except FileNotFoundError:
+        return False
+
+
+def move_files(folder: Path, target: Path) -> None:
+    """Rename all files below `folder` into `target`, which may hold those of other ranks; called again, it goes on."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        place = target / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(file, place)
