@@ -64,9 +64,9 @@ def _gated(rename: Any, folder: Path) -> Any:
     return gated
 
 
-def fails(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, raises: bool) -> Tensor:
-    """The margin of the log-ratios, or an error."""
-    if raises:
-        raise RuntimeError("as asked")
+def dies(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, at_once: bool) -> Tensor:
+    """The margin of the log-ratios, or the end of the process."""
+    if at_once:
+        os._exit(1)
     log_ratios = policy_logps - reference_logps
     return -0.1 * (log_ratios[:, 0] - log_ratios[:, 1])
