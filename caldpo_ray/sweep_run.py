@@ -86,7 +86,7 @@ class Narrator(Callback):  # type: ignore[misc]
         line = collect(self._home, trial, self._plan.metric, self._plan.smallest)
         value = line.get(f"selection/{self._plan.metric}")
         shown = f"{self._plan.metric} {value:.4g}" if value is not None else "not measured"
-        why = f" ({outcome['reason']})" if outcome["reason"] else ""
+        why = f" ({outcome['reason'].partition(';')[0]})" if outcome["reason"] else ""
         say(
             f"[{self._num_done}/{self._plan.num_trials}] {trial.objective} {describe_point(trial.point)} seed {trial.seed}:"
             f" {outcome['state']}{why}, {shown} after {line['steps']} steps, {line['policy_seconds']:.0f} s"
