@@ -118,8 +118,9 @@ def run_trials(
     num_done: int,
 ) -> None:
     """Run what the sources give until they have no more. Raises InputError when a trial finds the input wrong."""
-    home = shared.home
-    wrong = WrongInput()
+    if all(source.is_empty() for source in sources.values()):
+        return
+    home, wrong = shared.home, WrongInput()
     os.environ |= TUNE_VARIABLES
     state = home.path / ".tune"
     with suppress(FileNotFoundError):

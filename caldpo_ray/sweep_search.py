@@ -44,15 +44,21 @@ class Source(Protocol):
     def tell(self, trial: Trial, value: float | None, state: str) -> None:
         """How a trial ended."""
 
+    def is_empty(self) -> bool:
+        """Whether there is none to begin with."""
+
 
 class Listed:
     """Trials that were settled before."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
-        self._trials = iter(trials)
+        self._trials = list(trials)
 
     def next(self) -> Trial | None:
-        return next(self._trials, None)
+        return self._trials.pop(0) if self._trials else None
+
+    def is_empty(self) -> bool:
+        return not self._trials
 
     def tell(self, trial: Trial, value: float | None, state: str) -> None:
         """Nothing to learn."""
@@ -108,6 +114,9 @@ class Tpe:
             params = {key: self._inside(key, each) for key, each in trial.point.items()}
             told = {"params": params, "distributions": self._space, "value": value}
             self._study.add_trial(self._optuna.trial.create_trial(**told))
+
+    def is_empty(self) -> bool:
+        return not self._begun and self._left <= 0
 
     def recall(self, trial: Trial, value: float | None, state: str) -> None:
         """A trial that an earlier attempt finished is one of the points."""

@@ -32,6 +32,7 @@ from caldpo_ray.sweep_dir import SweepDir, Trial
 from caldpo_ray.trainer import start_controller
 
 POLL_SECONDS = 0.5
+END_SECONDS = 60.0  # for a training to end by itself; workers that wait for resources cannot
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,8 @@ class SweepTrial(Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
         assert shared is not None
         self._shared, self._controller = shared, start_controller()
-        os.chdir(
-            os.environ.get("TUNE_ORIG_WORKING_DIR", ".")
-        )  # Tune went to a folder of its own; modules of users are here
+        # Tune went to a folder of its own; modules of users are where it came from.
+        os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
         self._begin(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -164,7 +164,10 @@ class SweepTrial(Trainable):  # type: ignore[misc]
         self._thread.start()
 
     def _end(self) -> None:
+        deadline = time.monotonic() + END_SECONDS
         while self._thread.is_alive():
+            if time.monotonic() > deadline:
+                os._exit(1)  # Ray then ends whatever this process has started
             self._evaluations.end("the sweep stopped this trial")
             self._thread.join(timeout=1.0)
 
