@@ -65,7 +65,7 @@ def packed_attention(
 def _attend(lengths: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> list[Tensor]:
     """Attention of one row, in pieces [1, H, *, D] that follow each other."""
     if sum(lengths) <= DENSE_TOKENS:
-        mask = _small_row_mask(lengths).to(query.device)
+        mask = _small_row_mask(lengths, query.dtype).to(query.device)
         return [scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)]
     queries, keys, values = (torch.split(each, list(lengths), 2) for each in (query, key, value))
     parts = [scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scale)]
@@ -77,9 +77,11 @@ def _attend(lengths: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor,
     return parts
 
 
-@functools.lru_cache(maxsize=256)  # every layer asks for the same ones; at most 16 MiB
-def _small_row_mask(lengths: tuple[int, ...]) -> Tensor:
-    return row_mask(lengths)
+@functools.lru_cache(maxsize=256)  # every layer asks for the same ones; at most 64 MiB
+def _small_row_mask(lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Added to scores: SDPA would make such a mask of a bool one at every call."""
+    mask = row_mask(lengths)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 # -- FlexAttention -------------------------------------------------------------------------------------------------------

@@ -169,8 +169,8 @@ class ReferenceSection(Section):
 
 
 class DeepSpeedSection(Section):
-    zero_stage: Annotated[Literal[0, 1, 2, 3], EXECUTION] = 1
-    """What workers partition: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too."""
+    zero_stage: Annotated[Literal[0, 1, 2, 3] | None, EXECUTION] = None
+    """What workers partition: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too; null: 1 where that can help."""
     offload_optimizer: Annotated[bool, EXECUTION] = False
     """Keep optimiser state in CPU memory."""
     offload_param: Annotated[bool, EXECUTION] = False

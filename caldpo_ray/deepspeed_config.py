@@ -30,6 +30,16 @@ DEFAULTS = {
 MAPPINGS = {key[:dot] for key in OURS for dot in range(len(key)) if key[dot] == "."}
 
 
+def zero_stage(config: Config) -> int:
+    """The stage asked for, or else 1; 0 for one worker, which has nobody to share with and would pay for copies (an eighth of a
+    step on two cores), unless DeepSpeed must hold a second copy of the weights anyway, in float32 or in CPU memory."""
+    settings = config.train.deepspeed
+    if settings.zero_stage is not None:
+        return settings.zero_stage
+    copies = config.model.dtype == "bfloat16" or settings.offload_optimizer
+    return 1 if copies or config.train.num_workers > 1 else 0
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of one run.
 
@@ -37,7 +47,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     number, and divides the loss by the global row count. Raises InputError for a raw config that contradicts ours.
     """
     settings = config.train.deepspeed
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    zero: dict[str, Any] = {"stage": zero_stage(config)}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_param:

@@ -119,8 +119,25 @@ def _chunk_logps(
 ) -> Tensor:
     logits = transform(head(hidden))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # Not log_softmax: it would hold a second array of the vocabulary's width.
-    return logits.gather(-1, target.to(logits.device)[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    logps: Tensor = _LogProbs.apply(logits, target.to(logits.device))  # type: ignore[no-untyped-call]
+    return logps
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-softmax [N, V] at the targets [N], with one array of the vocabulary's width beside the logits, in backward alone."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        total = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, target, total)
+        return logits.gather(-1, target[:, None]).squeeze(-1) - total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, target, total = ctx.saved_tensors
+        (grad,) = grads
+        grad_logits = (logits - total[:, None]).exp_().mul_(-grad[:, None])
+        return grad_logits.scatter_add_(-1, target[:, None], grad[:, None]), None
 
 
 def _shape(rows: Sequence[Row]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from caldpo_ray.config import Config
 from caldpo_ray.data import make_row
-from caldpo_ray.deepspeed_config import deepspeed_config
+from caldpo_ray.deepspeed_config import deepspeed_config, zero_stage
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.models import load_tokenizer, pinned_revision
@@ -153,7 +153,7 @@ def _memory_lines(config: Config) -> Iterator[str]:
     width = 4 if config.model.dtype == "float32" else 2
     states = {"adamw": 2, "rmsprop": 1}[config.train.optimizer]
     master = 0 if width == 4 else 4
-    workers, stage = config.train.num_workers, config.train.deepspeed.zero_stage
+    workers, stage = config.train.num_workers, zero_stage(config)
     yield f"model      {parameters / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained, {config.model.dtype}"
     shares = {
         "weights": parameters * width / (workers if stage == 3 else 1),

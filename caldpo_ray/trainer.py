@@ -27,6 +27,7 @@ from ray.train.v2._internal.constants import (
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from caldpo_ray.allocator import keep_freed_memory
 from caldpo_ray.imports import large_imports
 
 # The rows come from the feed. The cleaner of placement groups finds "the" cluster by itself and, with two on one host, removes
@@ -144,7 +145,9 @@ def _free_address() -> tuple[str, int]:
 
 
 def _join(address: str, port: int, backend: str) -> None:
-    """On a worker: the variables of torchrun, then the process group."""
+    """On a worker, before the thread that trains: the variables of torchrun, then the process group."""
+    if backend == "gloo":
+        keep_freed_memory()
     with large_imports():
         import torch
         import torch.distributed as dist

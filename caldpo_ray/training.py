@@ -282,7 +282,7 @@ class PolicyWorker:
         """Checkpoint this step. Training goes on while the files go to storage, until the next call."""
         started = time.monotonic()
         schedule = self.schedules["train"]
-        stage = self.config.train.deepspeed.zero_stage
+        stage = self.engine.zero_optimization_stage()
         state = TrainerState(
             step, schedule.position(step)[0], schedule.rows_consumed(step), self.settings["identity"],
             self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
@@ -295,7 +295,7 @@ class PolicyWorker:
         """A plain Hugging Face folder (an adapter folder with LoRA), complete or absent, written while training goes on."""
         started = time.monotonic()
         model = self.engine.module.model
-        weights = checkpoint.gather_state_dict(model, self.config.train.deepspeed.zero_stage)
+        weights = checkpoint.gather_state_dict(model, self.engine.zero_optimization_stage())
 
         def write(scratch: Path) -> None:
             model.save_pretrained(scratch, state_dict=weights)
@@ -401,7 +401,7 @@ class PolicyWorker:
 
     def _gradient_norm_of_stage_0(self) -> float | None:
         """DeepSpeed reports no norm for stage 0: its gradients are whole, so this is the plain norm before clipping."""
-        if self.config.train.deepspeed.zero_stage > 0:
+        if self.engine.zero_optimization_stage() > 0:
             return None
         grads = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads))

@@ -194,7 +194,7 @@ def job(folder: Path, config: Config, key: str) -> ReferenceJob:
     return ReferenceJob(section, key, "float32", config.reference, store)
 
 
-def _answer(job: ReferenceJob, folders: list[str], order: Indices, feed: Any) -> Iterator[tuple[Indices, Floats]]:
+def _answer(job: ReferenceJob, folders: list[str], order: Indices, *_: Any) -> Iterator[tuple[Indices, Floats]]:
     """In place of the model: as many answers as one request has, of log-probs that follow from the response's number."""
     rows = RowCache(folders)
     for start in range(0, len(order), reference.ROWS_PER_REQUEST):
@@ -274,9 +274,9 @@ class MeasuredFeed(Feed):
         feed.plan_batch = self._timed(feed.plan_batch)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
             started = time.process_time()
-            found = function(*arguments)
+            found = function(*arguments, **options)
             self._planning += time.process_time() - started
             return found
 
@@ -320,7 +320,7 @@ class MeasuredFeed(Feed):
 
 
 def request(step: int, rank: int, world_size: int) -> Request:
-    return Request(1, "train", step, rank, world_size, shared_prefix=True, chunk_positions=2048)
+    return Request(1, "train", step, rank, world_size, layout="packed", chunk_positions=2048)
 
 
 def measure_feed(folder: Path, num_rows: int) -> Iterator[Line]:

@@ -30,6 +30,7 @@ LAYERS = [
     },
     {
         "objectives",
+        "allocator",
         "attention",
         "logprobs",
         "metrics",

@@ -35,9 +35,25 @@ def test_options_reach_deepspeed(path: Path) -> None:
     assert found["gradient_clipping"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "stage"),
+    [
+        ([], 0),
+        (["train.num_workers=2"], 1),
+        (["model.dtype=bfloat16"], 1),
+        (["train.deepspeed.offload_optimizer=true"], 1),
+        (["train.deepspeed.zero_stage=1"], 1),
+        (["train.num_workers=4", "train.deepspeed.zero_stage=0"], 0),
+    ],
+)
+def test_workers_partition_where_they_can_share(path: Path, overrides: list[str], stage: int) -> None:
+    config = load_config(path, overrides)
+    assert deepspeed_config(config, config.train.num_workers)["zero_optimization"]["stage"] == stage
+
+
 def test_a_raw_config_is_merged(path: Path, tmp_path: Path) -> None:
     raw = {
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 5},
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": 5},
         "train_batch_size": "auto",
         "communication_data_type": "fp32",
     }
@@ -45,7 +61,7 @@ def test_a_raw_config_is_merged(path: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(raw))
     for given in (raw, str(file)):
         found = deepspeed_config(with_raw(path, given), world_size=1)
-        assert found["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 5}
+        assert found["zero_optimization"] == {"stage": 0, "reduce_bucket_size": 5}
         assert found["communication_data_type"] == "fp32"
         assert found["train_batch_size"] == 1
 

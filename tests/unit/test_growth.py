@@ -58,7 +58,7 @@ def test_however_many_ranks_wait_an_answer_is_looked_at_once(folder: str, tmp_pa
         assert served._logps is not None
         look = served._unknown
         served._unknown = lambda numbers: looks.append(len(numbers)) or look(numbers)  # type: ignore[func-returns-value,method-assign]
-        requests = [Request(1, "train", 0, rank, 64, True, 2048) for rank in range(64)]
+        requests = [Request(1, "train", 0, rank, 64, "packed", 2048) for rank in range(64)]
         waiting = asyncio.gather(*[served.share(request) for request in requests])
         for _ in range(10):
             await asyncio.sleep(0)
@@ -112,7 +112,7 @@ def test_an_answer_of_the_reference_does_not_read_the_index_of_all_rows(
         reads = 0
         rows = RowCache([folder])
 
-        def answers(job: ReferenceJob, folders: list[str], order: Indices, feed: object) -> object:
+        def answers(job: ReferenceJob, folders: list[str], order: Indices, *_: object) -> object:
             for start in range(0, len(order), size):
                 responses = rows.responses_of(order[start : start + size])
                 yield responses, -np.ones(len(responses), np.float32)

@@ -38,7 +38,7 @@ def peak_bytes(tmp_path: Path, num_parts: int) -> int:
     async def run() -> None:
         feed = Feed(config, [folder], None)
         for step in range(10):
-            await feed.share(Request(1, "train", step, 0, 1, True, 2048))
+            await feed.share(Request(1, "train", step, 0, 1, "packed", 2048))
 
     tracemalloc.start()
     asyncio.run(run())
