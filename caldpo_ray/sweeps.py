@@ -177,7 +177,8 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
         seconds = progress.seconds + before.get("seconds", 0.0)
         facts = {"rows_scored": len(order) - joined + before["rows_scored"], "rows_joined": joined, "seconds": seconds}
         write_atomically(home.reference, json.dumps(facts, indent=1))
-        say(f"reference: {facts['rows_scored']} rows scored in {seconds:.1f} s, once for {plan.num_trials} trials")
+        if progress.scored:
+            say(f"reference: {facts['rows_scored']} rows scored in {seconds:.1f} s, once for {plan.num_trials} trials")
 
 
 def _rows_to_score(
