@@ -13,22 +13,25 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-# A row up to this many tokens is one product under a dense mask; of a longer one, what the mask hides costs more than calls do.
+# Rows up to this many tokens together are one product under a dense mask; of more, what it hides costs more than calls do.
 DENSE_TOKENS = 256
+Lengths = tuple[int, ...]  # of one row in tokens: (prompt, *responses)
 # Settings of a model's attention that the paths below would drop in silence.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 SMALLEST_BUCKET, BUCKETS_PER_OCTAVE = 128, 4
 
 
-def row_mask(lengths: tuple[int, ...]) -> Tensor:
-    """[L, L] bool of one packed row, True where a query (row) sees a key (column); lengths are (prompt, *responses)."""
-    piece = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+def dense_mask(rows: tuple[Lengths, ...]) -> Tensor:
+    """[L, L] bool of packed rows with equal K, True where a query (row) sees a key (column)."""
+    lengths = torch.tensor(rows).flatten()
+    piece = torch.repeat_interleave(lengths)
+    prompt = piece - piece % len(rows[0])
     causal = torch.ones(len(piece), len(piece), dtype=torch.bool).tril()
-    return causal & ((piece == 0) | (piece == piece[:, None]))
+    return causal & ((piece == piece[:, None]) | (piece == prompt[:, None]))
 
 
-def num_token_pairs(lengths: tuple[int, ...]) -> int:
-    """Query and key tokens that one row is computed for, hidden ones included."""
+def num_token_pairs(lengths: Lengths) -> int:
+    """Query and key tokens that a row by itself is computed for, hidden ones included."""
     prompt, *responses = lengths
     if sum(lengths) <= DENSE_TOKENS:
         return sum(lengths) ** 2
@@ -52,21 +55,36 @@ def packed_attention(
         raise ValueError(f"packed attention has no {', '.join(known or ['dropout'])}")
     if isinstance(mask, BlockMask):
         return _by_blocks(query, key, value, mask, scale)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    table = mask[0, 0].tolist()
-    sizes = [sum(lengths) for lengths in table]
-    rows = zip(table, *(torch.split(each, sizes, 2) for each in (query, key, value)), strict=True)
-    parts = [part.transpose(1, 2) for lengths, q, k, v in rows for part in _attend(tuple(lengths), q, k, v, scale)]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    groups = _short_rows_together([tuple(lengths) for lengths in mask[0, 0].tolist()])
+    sizes = [sum(map(sum, rows)) for rows in groups]
+    queries, keys, values = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
+    each = zip(groups, queries, keys, values, strict=True)
+    parts = [part.transpose(1, 2) for rows, q, k, v in each for part in _attend(tuple(rows), q, k, v, scale)]
     return torch.cat(parts, 1)
 
 
-def _attend(lengths: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> list[Tensor]:
-    """Attention of one row, in pieces [1, H, *, D] that follow each other."""
-    if sum(lengths) <= DENSE_TOKENS:
-        mask = _small_row_mask(lengths, query.dtype).to(query.device)
+def _short_rows_together(table: list[Lengths]) -> list[list[Lengths]]:
+    """Rows that follow each other, as long as one dense mask may hold them."""
+    groups: list[list[Lengths]] = []
+    size = DENSE_TOKENS
+    for lengths in table:
+        size += sum(lengths)
+        if size > DENSE_TOKENS:
+            groups.append([])
+            size = sum(lengths)
+        groups[-1].append(lengths)
+    return groups
+
+
+def _attend(rows: tuple[Lengths, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> list[Tensor]:
+    """Attention of short rows, or of one long row, in pieces [1, H, *, D] that follow each other."""
+    if query.shape[2] <= DENSE_TOKENS:
+        mask = _added_mask(rows, query.dtype).to(query.device)
         return [scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)]
+    (lengths,) = rows
     queries, keys, values = (torch.split(each, list(lengths), 2) for each in (query, key, value))
     parts = [scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scale)]
     for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True):
@@ -78,9 +96,9 @@ def _attend(lengths: tuple[int, ...], query: Tensor, key: Tensor, value: Tensor,
 
 
 @functools.lru_cache(maxsize=256)  # every layer asks for the same ones; at most 64 MiB
-def _small_row_mask(lengths: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _added_mask(rows: tuple[Lengths, ...], dtype: torch.dtype) -> Tensor:
     """Added to scores: SDPA would make such a mask of a bool one at every call."""
-    mask = row_mask(lengths)
+    mask = dense_mask(rows)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from caldpo_ray import scoring
-from caldpo_ray.attention import BUCKETS_PER_OCTAVE, DENSE_TOKENS, bucket, packed_attention, packed_mask, row_mask
+from caldpo_ray.attention import BUCKETS_PER_OCTAVE, DENSE_TOKENS, bucket, dense_mask, packed_attention, packed_mask
 from caldpo_ray.logprobs import shared_prefix_mask
 from caldpo_ray.scoring import ResponseScorer, choose_layout, score_rows
 from tests.unit.tiny_models import PAD_ID, random_rows, tiny_model
@@ -31,7 +31,7 @@ def values_and_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 def dense(table: list[tuple[int, ...]], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """[1, T, H, D]"""
-    mask = torch.block_diag(*(row_mask(lengths).float() for lengths in table)).bool()
+    mask = torch.block_diag(*(dense_mask((lengths,)).float() for lengths in table)).bool()
     key, value = (tensor.repeat_interleave(HEADS // KEY_HEADS, 1) for tensor in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3).transpose(1, 2)
 
@@ -55,13 +55,14 @@ def test_blocks_let_through_what_the_dense_mask_does(table: list[tuple[int, ...]
 
 
 def test_both_ways_of_computing_a_row_occur_above() -> None:
+    assert sum(map(sum, SHORT)) <= DENSE_TOKENS, "rows under one mask"
     sizes = [sum(lengths) for lengths in MIXED]
-    assert min(sizes) <= DENSE_TOKENS < max(sizes)
+    assert min(sizes) <= DENSE_TOKENS < max(sizes), "a row in pieces"
 
 
 def test_the_mask_of_a_row_is_that_of_the_padded_layout() -> None:
     segments = torch.tensor([[0] * 3 + [1] * 2 + [2] * 4])
-    assert torch.equal(row_mask((3, 2, 4)), shared_prefix_mask(segments)[0, 0])
+    assert torch.equal(dense_mask(((3, 2, 4),)), shared_prefix_mask(segments)[0, 0])
 
 
 @pytest.mark.parametrize("setting", [{"softcap": 30.0}, {"s_aux": torch.zeros(HEADS)}, {"dropout": 0.1}])

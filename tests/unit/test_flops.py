@@ -45,7 +45,7 @@ def test_flops_of_packed_rows_are_those_executed_for_short_rows_and_for_long_one
     model = tiny_model("llama", use_cache=False, max_position_embeddings=1024)
     scorer, cost = ResponseScorer(model, PAD_ID), forward_cost(model, False)
     assert choose_layout(scorer).layout == "packed"
-    for rows in (random_rows((30, 20, 20), (3, 2, 2)), random_rows((300, 70, 80), (9, 500, 40, 6))):
+    for rows in (random_rows((150, 30, 20), (100, 50, 30)), random_rows((300, 70, 80), (9, 500, 40, 6))):
         batch = packed_batch(rows, PAD_ID)
         for backward in (False, True):
             with sdpa_kernel(SDPBackend.MATH):  # made of products that torch knows
