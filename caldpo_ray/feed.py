@@ -9,8 +9,9 @@ import hashlib
 import pickle
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, islice
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ from caldpo_ray.store import distinct_responses
 
 SplitName = Literal["train", "eval", "report"]
 EVAL_BATCH_ROWS = 256
+# A call of an actor costs Ray as much as a dozen rows cost the feed: small shares travel together.
+ROWS_PER_CALL, MOST_STEPS_PER_CALL = 64, 16
+KEPT_BATCHES = 4 * MOST_STEPS_PER_CALL
+KnownBatch = asyncio.Task[tuple[Indices, float]]
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,15 @@ def _unpack_share(packed: bytes) -> Share:
 
 @dataclass(frozen=True)
 class Request:
-    """Which share: `attempt` fences workers of an older group, `step` counts global batches of the split from 0."""
+    """Which shares: `attempt` fences workers of an older group, `step` counts global batches of the split from 0."""
 
     attempt: int
     split: SplitName
     step: int
     rank: int
     world_size: int
+    most_steps: int
+    """Of how many global batches in a row the answer may hold the shares."""
     layout: Layout
     chunk_positions: int
 
@@ -163,6 +170,36 @@ def schedules(config: Config, num_train: int, num_eval: int, num_report: int = 0
     }
 
 
+class ShareQueue:
+    """A worker's side: its shares of the global batches of a split, in order; while it computes, the next ones are cut."""
+
+    def __init__(self, feed: Any, first: Request, num_steps: int) -> None:
+        self._feed, self._next, self._num_steps = feed, first, num_steps
+        self._ready: deque[Share] = deque()
+        self._asked: Any = None
+        self._ask()
+
+    def take(self) -> tuple[Share, float]:
+        """(the next share, seconds waited for it). Raises what stopped the feed."""
+        import ray
+
+        started = time.monotonic()
+        if not self._ready:
+            self._ready.extend(ray.get(self._asked))
+            self._next = replace(self._next, step=self._next.step + len(self._ready))
+            self._ask()
+        return self._ready.popleft(), time.monotonic() - started
+
+    def _ask(self) -> None:
+        if self._next.step < self._num_steps:
+            self._asked = self._feed.shares.remote(self._next)
+
+
+def steps_per_call(batch_size: int, world_size: int) -> int:
+    """Shares that are worth one call."""
+    return max(1, min(MOST_STEPS_PER_CALL, ROWS_PER_CALL * world_size // batch_size))
+
+
 class Feed:
     """Ray actor (0 CPUs). Restarting it is harmless: every answer is a function of the request, the rows and the store."""
 
@@ -178,7 +215,7 @@ class Feed:
         self._in_halves = in_halves
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
-        self._batches: dict[tuple[SplitName, int], asyncio.Task[tuple[Indices, float]]] = {}
+        self._batches: dict[tuple[SplitName, int], KnownBatch] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
         self._progress = Progress(reference=None if job is None else ReferenceProgress())
         self._error: Exception | None = None
@@ -206,15 +243,22 @@ class Feed:
         num_distinct = int(self._distinct.max(initial=-1)) + 1
         self._logps = None if self._job is None else np.full(num_distinct, np.nan, np.float32)
 
-    async def share(self, request: Request) -> Share:
-        """One rank's share of a global batch, as soon as its reference log-probs are known.
+    async def shares(self, request: Request) -> list[Share]:
+        """One rank's shares of global batches from a step on: of the first as soon as its reference log-probs are known, and of
+        those after it whose are known by then.
 
         Raises what stopped the reference, and StaleAttempt to workers of an older group.
         """
         await self.start()
         self._admit(request.attempt)
-        numbers, waited = await self._known_batch(request.split, request.step)
-        plans = self._plan(request, numbers)
+        last = min(request.step + request.most_steps, self._schedules[request.split].num_steps)
+        batches = [self._known_batch(request.split, step) for step in range(request.step, last)]
+        await asyncio.shield(batches[0])
+        known = takewhile(lambda batch: batch.done() and batch.exception() is None, batches)
+        return [self._share(request, step, *batch.result()) for step, batch in enumerate(known, start=request.step)]
+
+    def _share(self, request: Request, step: int, numbers: Indices, waited: float) -> Share:
+        plans = self._plan(request, step, numbers)
         micro_batches = [self._micro_batch(numbers, plan) for plan in plans[request.rank]]
         return Share(micro_batches, len(numbers), waited)
 
@@ -268,15 +312,15 @@ class Feed:
             self._orders[split, epoch] = schedule.order(epoch)
         return self._numbers[split][self._orders[split, epoch][place : place + schedule.batch_size]]
 
-    def _plan(self, request: Request, numbers: Indices) -> list[list[MicroBatchPlan]]:
+    def _plan(self, request: Request, step: int, numbers: Indices) -> list[list[MicroBatchPlan]]:
         """The cut of one batch, the same object for all ranks."""
-        key = (request.split, request.step, request.world_size, request.layout, request.chunk_positions)
+        key = (request.split, step, request.world_size, request.layout, request.chunk_positions)
         if key not in self._plans:
             prompts, scored = self._prompt_lengths[numbers], self._scored_lengths[numbers]
             copies = self._counts[numbers] if request.layout == "concatenated" else 1
             lengths = (prompts * copies + scored).tolist()
             budget = self._config.train.micro_batch_tokens
-            while len(self._plans) >= 8:
+            while len(self._plans) >= KEPT_BATCHES:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = plan_batch(
                 lengths,
@@ -306,13 +350,13 @@ class Feed:
             logps[at, : last - first] = self._logps[self._distinct[first:last]]
         return MicroBatch(rows, logps, plan.num_head_chunks)
 
-    async def _known_batch(self, split: SplitName, step: int) -> tuple[Indices, float]:
+    def _known_batch(self, split: SplitName, step: int) -> KnownBatch:
         """(rows of a global batch, seconds waited for their log-probs). One task waits for all ranks: it looks at every answer."""
         if (split, step) not in self._batches:
-            while len(self._batches) >= 8:
+            while len(self._batches) >= KEPT_BATCHES:
                 del self._batches[next(iter(self._batches))]
             self._batches[split, step] = asyncio.create_task(self._until_known(self._batch(split, step)))
-        return await asyncio.shield(self._batches[split, step])
+        return self._batches[split, step]
 
     async def _until_known(self, numbers: Indices) -> tuple[Indices, float]:
         started = time.monotonic()

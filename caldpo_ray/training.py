@@ -25,7 +25,7 @@ from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import Diverged, InputError, RunError, find_error, last_line
-from caldpo_ray.feed import MicroBatch, Request, Share, SplitName, schedules
+from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
 from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
@@ -38,8 +38,6 @@ from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 from caldpo_ray.storage import open_path
 from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
-
-PREFETCH_STEPS = 2
 
 
 def set_up_process(train: TrainSection) -> torch.device:
@@ -135,7 +133,7 @@ class PolicyWorker:
         self.peak_flops = peak_flops_of_workers(self.device, self.config.model.dtype)
         vocab_size = self.engine.module.model.config.get_text_config().vocab_size
         self.chunk_positions = head_chunk_positions(vocab_size)
-        self.pending: dict[tuple[SplitName, int], Any] = {}
+        self.queues: dict[SplitName, ShareQueue] = {}
         self.evaluated: dict[str, float] = {}
         self.uploads = Uploads(self.run.path, self.rank, partial(tell_failure, settings))
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
@@ -158,7 +156,7 @@ class PolicyWorker:
         while step < num_steps:
             evaluates, saves = self.due(step + 1)
             if evaluates:
-                self.ask_ahead("eval", 0)
+                self.ask_ahead("eval", 0)  # cut while the step runs
             line = self.train_step(step)
             step += 1
             if line:
@@ -310,23 +308,23 @@ class PolicyWorker:
     def next_share(self, split: SplitName, step: int) -> Share:
         """This rank's share; the next ones are requested before it is used."""
         self.ask_ahead(split, step)
-        started = time.monotonic()
-        share: Share = ray.get(self.pending.pop((split, step)))
-        waited = time.monotonic() - started
+        share, waited = self.queues[split].take()
+        if step + 1 == self.schedules[split].num_steps:
+            del self.queues[split]
         reference = min(waited, share.waited_reference_seconds)
         self.waits["wait/reference_seconds"] += reference
         self.waits["wait/feed_seconds"] += waited - reference
         return share
 
     def ask_ahead(self, split: SplitName, step: int) -> None:
-        """Have the feed cut the share of this step and of the next ones, unless they were asked for."""
-        for ahead in range(step, min(step + PREFETCH_STEPS + 1, self.schedules[split].num_steps)):
-            if (split, ahead) not in self.pending:
-                self.pending[split, ahead] = self.feed.share.remote(self._request(split, ahead))
-
-    def _request(self, split: SplitName, step: int) -> Request:
-        layout = self.engine.module.layout
-        return Request(self.attempt, split, step, self.rank, self.world_size, layout, self.chunk_positions)
+        """Have the feed cut the shares of this step and of those that follow, unless it was asked to."""
+        if split not in self.queues:
+            schedule, layout = self.schedules[split], self.engine.module.layout
+            most_steps = steps_per_call(schedule.batch_size, self.world_size)
+            first = Request(
+                self.attempt, split, step, self.rank, self.world_size, most_steps, layout, self.chunk_positions
+            )
+            self.queues[split] = ShareQueue(self.feed, first, schedule.num_steps)
 
     def reduce(self, totals: metrics.Metrics) -> metrics.Metrics:
         """Sums and counts over all ranks in one collective, in float64."""

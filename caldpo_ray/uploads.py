@@ -28,14 +28,18 @@ from caldpo_ray.storage import full_disk_told, is_remote, publishing, remove_tre
 UNWRITTEN = ("inline_container", "PytorchStreamWriter", "I/O error")
 
 
+def scratch_prefix(run_dir: Path, rank: int) -> str:
+    """Of the names of temporary folders in which a rank of this run writes its checkpoints."""
+    return f"caldpo-checkpoint-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}-{rank}-"
+
+
 class Uploads:
     """The checkpoint and the model of one rank that are on their way. At most one of each, so that they need bounded room."""
 
     def __init__(self, run_dir: Path, rank: int, tell: Callable[[Exception], Any]) -> None:
         """`tell` gets what an upload fails with, in its thread; Ray Train then stops the group, whatever the loop does."""
         self._checkpoints, self._rank, self._tell = run_dir / "checkpoints", rank, tell
-        run = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
-        self._scratch = f"caldpo-checkpoint-{run}-{rank}-"
+        self._scratch = scratch_prefix(run_dir, rank)
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a worker of this rank that was killed
             shutil.rmtree(left, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "model")

@@ -86,7 +86,7 @@ def feed_milliseconds(folder: Path, num_rows: int, batch_size: int) -> dict[str,
         for step in range(60):
             before = time.process_time()
             for rank in range(2):
-                await feed.share(Request(1, "train", step, rank, 2, "packed", 2048))
+                await feed.shares(Request(1, "train", step, rank, 2, 1, "packed", 2048))
             times.append(1000 * (time.process_time() - before))
         return times
 

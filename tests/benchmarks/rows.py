@@ -32,7 +32,7 @@ import yaml
 from caldpo_ray import data, feed, reference
 from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, ModelSection, load_config
-from caldpo_ray.feed import Feed, Request
+from caldpo_ray.feed import Feed, Request, ShareQueue, steps_per_call
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache, write_part
 from caldpo_ray.schema import Floats
@@ -300,7 +300,7 @@ class MeasuredFeed(Feed):
         with Meter() as meter:
             for step in range(schedule.steps_per_epoch):
                 for rank in range(world_size):
-                    share = await self.share(request(step, rank, world_size))
+                    share = await self.shares(request(step, rank, world_size, 1))
                     buffers: list[Any] = []
                     packed = pickle.dumps(share, protocol=5, buffer_callback=buffers.append)
                     started = time.process_time()
@@ -319,8 +319,8 @@ class MeasuredFeed(Feed):
         return time.process_time()
 
 
-def request(step: int, rank: int, world_size: int) -> Request:
-    return Request(1, "train", step, rank, world_size, layout="packed", chunk_positions=2048)
+def request(step: int, rank: int, world_size: int, most_steps: int) -> Request:
+    return Request(1, "train", step, rank, world_size, most_steps, layout="packed", chunk_positions=2048)
 
 
 def measure_feed(folder: Path, num_rows: int) -> Iterator[Line]:
@@ -363,20 +363,24 @@ def through_ray(served: Any, num_rows: int, batch_size: int, world_size: int, na
     """This process asks as all workers do together, each some steps ahead."""
     import ray
 
-    from caldpo_ray.training import PREFETCH_STEPS  # loads torch
-
-    steps = min(-(-num_rows // batch_size), max(10, MAX_CALLS // world_size))
-    pending: dict[int, list[Any]] = {}
+    together = steps_per_call(batch_size, world_size)
+    steps = min(-(-num_rows // batch_size), max(10, MAX_CALLS // world_size) * together)
     before, started = ray.get(served.cpu_seconds.remote()), time.monotonic()
+    queues = [ShareQueue(served, request(0, rank, world_size, together), steps) for rank in range(world_size)]
     count = 0
-    for step in range(steps):
-        for ahead in range(step, min(step + PREFETCH_STEPS + 1, steps)):
-            if ahead not in pending:
-                pending[ahead] = [served.share.remote(request(ahead, rank, world_size)) for rank in range(world_size)]
-        count += ray.get(pending.pop(step))[0].num_rows
+    for _ in range(steps):
+        count += [queue.take()[0].num_rows for queue in queues].pop()
     seconds = time.monotonic() - started
     cpu = ray.get(served.cpu_seconds.remote()) - before
-    return Line(num_rows, f"feed through Ray: {name}", count, seconds, count / cpu, None, f"{steps * world_size} calls")
+    return Line(
+        num_rows,
+        f"feed through Ray: {name}",
+        count,
+        seconds,
+        count / cpu,
+        None,
+        f"{steps * world_size // together} calls",
+    )
 
 
 # -- all of it -----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 import asyncio
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from caldpo_ray.config import Config, load_config
+from caldpo_ray.config import Config, ModelSection, ReferenceSection, load_config
 from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.feed import (
     Feed,
@@ -19,7 +20,9 @@ from caldpo_ray.feed import (
     count_halves,
     split_halves,
     split_rows,
+    steps_per_call,
 )
+from caldpo_ray.reference import ReferenceJob
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
 
@@ -50,11 +53,16 @@ def config(folder: str, *overrides: str) -> Config:
 
 
 def request(step: int, rank: int, world_size: int, attempt: int = 1, split: SplitName = "train") -> Request:
-    return Request(attempt, split, step, rank, world_size, layout="packed", chunk_positions=16)
+    return Request(attempt, split, step, rank, world_size, most_steps=1, layout="packed", chunk_positions=16)
+
+
+async def share(feed: Feed, request: Request) -> Share:
+    (found,) = await feed.shares(request)
+    return found
 
 
 async def batch(feed: Feed, step: int, world_size: int) -> tuple[list[str], int]:
-    shares = [await feed.share(request(step, rank, world_size)) for rank in range(world_size)]
+    shares = [await share(feed, request(step, rank, world_size)) for rank in range(world_size)]
     assert len({len(share.micro_batches) for share in shares}) == 1
     names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows if row.weight]
     return sorted(names), shares[0].num_rows
@@ -84,10 +92,10 @@ def test_a_restarted_feed_answers_the_same(folder: str) -> None:
 def test_workers_of_an_older_group_are_turned_away(folder: str) -> None:
     async def run() -> None:
         feed = Feed(config(folder), [folder], None)
-        await feed.share(request(0, 0, 2, attempt=5))
+        await share(feed, request(0, 0, 2, attempt=5))
         with pytest.raises(StaleAttempt):
-            await feed.share(request(0, 1, 2, attempt=4))
-        await feed.share(request(0, 0, 2, attempt=6))
+            await share(feed, request(0, 1, 2, attempt=4))
+        await share(feed, request(0, 0, 2, attempt=6))
 
     asyncio.run(run())
 
@@ -96,7 +104,7 @@ def test_a_node_that_does_not_see_the_rows_says_so(folder: str) -> None:
     async def run() -> None:
         feed = Feed(config(folder), [f"{folder}-elsewhere"], None)
         with pytest.raises(InputError, match=r"rows-elsewhere/manifest\.json: cannot be read"):
-            await feed.share(request(0, 0, 2))
+            await share(feed, request(0, 0, 2))
         with pytest.raises(InputError, match="rows-elsewhere"):
             (await feed.progress()).raise_failure()
 
@@ -121,7 +129,7 @@ def test_after_a_failure_every_worker_hears_the_reason(folder: str) -> None:
         await feed.fail("RunError", "first")
         await feed.fail("RunError", "second")
         with pytest.raises(RunError, match="first"):
-            await feed.share(request(0, 0, 1))
+            await share(feed, request(0, 0, 1))
 
     asyncio.run(run())
 
@@ -140,8 +148,8 @@ def test_a_held_out_fraction_is_chosen_by_content(folder: str) -> None:
 def test_sft_runs_the_first_response_only(folder: str) -> None:
     async def run() -> None:
         settings = config(folder, "objective.name=sft", "train.batch_size=21")
-        share = await Feed(settings, [folder], None).share(request(0, 0, 1))
-        rows = [row for part in share.micro_batches for row in part.rows]
+        whole = await share(Feed(settings, [folder], None), request(0, 0, 1))
+        rows = [row for part in whole.micro_batches for row in part.rows]
         assert len(rows) == NUM_ROWS
         assert all(len(row.response_ids) == len(row.response_scores) == 1 for row in rows)
         first = {row.row_id: row for row in (RowCache([folder])[n] for n in range(NUM_ROWS))}
@@ -153,7 +161,7 @@ def test_sft_runs_the_first_response_only(folder: str) -> None:
 def test_every_held_out_row_is_evaluated_once(folder: str) -> None:
     async def run() -> None:
         feed = Feed(config(folder, "data.eval=0.3"), [folder], None)
-        shares: list[Share] = [await feed.share(request(0, rank, 3, split="eval")) for rank in range(3)]
+        shares: list[Share] = [await share(feed, request(0, rank, 3, split="eval")) for rank in range(3)]
         names = [row.row_id for share in shares for part in share.micro_batches for row in part.rows if row.weight]
         held_out = split_rows(RowCache([folder]), 0.3)[1]
         assert sorted(names) == [f"{n:04d}" for n in held_out]
@@ -181,7 +189,7 @@ def test_a_rank_without_rows_runs_one_that_weighs_nothing(folder: str) -> None:
 
     async def run() -> None:
         feed = Feed(config(folder), [folder], None)
-        shares = [await feed.share(request(2, rank, 8)) for rank in range(8)]  # five rows for eight ranks
+        shares = [await share(feed, request(2, rank, 8)) for rank in range(8)]  # five rows for eight ranks
         assert [len(part.rows) for share in shares for part in share.micro_batches] == [1] * 8
         assert sorted(part.rows[0].weight for share in shares for part in share.micro_batches) == [0.0] * 3 + [1.0] * 5
 
@@ -200,6 +208,10 @@ def test_rows_of_steps_already_done_are_scored_again_only_for_a_later_epoch(
     assert order[:13] == list(range(8, 21)) and sorted(order) == list(expected)
 
 
+def names(share: Share) -> list[str]:
+    return [row.row_id for part in share.micro_batches for row in part.rows]
+
+
 def test_the_halves_of_the_held_out_rows(folder: str) -> None:
     """Together they are the held-out rows, none is in both, and each is served as a split of its own."""
 
@@ -209,9 +221,42 @@ def test_the_halves_of_the_held_out_rows(folder: str) -> None:
         assert all(halves) and sorted(halves[0] + halves[1]) == held_out.tolist()
         feed = Feed(config(folder, "data.eval=0.6"), [folder], None, in_halves=True)
         for split, numbers in zip(("eval", "report"), halves, strict=True):
-            share = await feed.share(request(0, 0, 1, split=split))
-            names = [row.row_id for part in share.micro_batches for row in part.rows]
-            assert sorted(names) == [f"{number:04d}" for number in numbers]
+            assert sorted(names(await share(feed, request(0, 0, 1, split=split)))) == [f"{number:04d}" for number in numbers]
         assert count_halves([folder], 0.6) == (len(halves[0]), len(halves[1]))
 
     asyncio.run(run())
+
+
+def test_small_shares_travel_together_as_far_as_their_log_probs_are_known(folder: str) -> None:
+    job = ReferenceJob(ModelSection(name_or_path="m"), "key", "float32", ReferenceSection(store=None), None)
+    settings = config(folder, "objective={name: dpo}", "train.batch_size=2")
+
+    async def run() -> None:
+        feed = Feed(settings, [folder], job)
+        feed._loop = asyncio.get_running_loop()  # started: what the reference answers is said here
+        assert feed._logps is not None
+        feed._logps[:] = -1.0
+        alone = [await share(feed, request(step, 1, 2)) for step in range(feed._schedules["train"].num_steps)]
+        together = await feed.shares(replace(request(0, 1, 2), most_steps=4))
+        assert list(map(names, together)) == list(map(names, alone[:4]))
+        assert list(map(names, await feed.shares(replace(request(5, 1, 2), most_steps=100)))) == list(
+            map(names, alone[5:])
+        )
+
+        cold = Feed(settings, [folder], job)
+        cold._loop = feed._loop
+        assert cold._logps is not None
+        cold._logps[:] = -1.0
+        cold._logps[cold._distinct[2 * cold._batch("train", 3)[0]]] = np.nan
+        assert list(map(names, await cold.shares(replace(request(0, 1, 2), most_steps=9)))) == list(
+            map(names, alone[:3])
+        )
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world_size", "steps"), [(8, 1, 8), (64, 2, 2), (128, 2, 1), (64, 64, 16), (1, 4, 16)]
+)
+def test_a_call_is_worth_its_cost(batch_size: int, world_size: int, steps: int) -> None:
+    assert steps_per_call(batch_size, world_size) == steps

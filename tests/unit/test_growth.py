@@ -58,15 +58,15 @@ def test_however_many_ranks_wait_an_answer_is_looked_at_once(folder: str, tmp_pa
         assert served._logps is not None
         look = served._unknown
         served._unknown = lambda numbers: looks.append(len(numbers)) or look(numbers)  # type: ignore[func-returns-value,method-assign]
-        requests = [Request(1, "train", 0, rank, 64, "packed", 2048) for rank in range(64)]
-        waiting = asyncio.gather(*[served.share(request) for request in requests])
+        requests = [Request(1, "train", 0, rank, 64, 1, "packed", 2048) for rank in range(64)]
+        waiting = asyncio.gather(*[served.shares(request) for request in requests])
         for _ in range(10):
             await asyncio.sleep(0)
             served._wake()
         served._logps[:] = -1.0
         served._wake()
         shares = await waiting
-        assert {share.num_rows for share in shares} == {64}
+        assert {share.num_rows for (share,) in shares} == {64}
         assert len(looks) <= 11 and set(looks) == {64}
 
     asyncio.run(run())

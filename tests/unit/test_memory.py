@@ -32,13 +32,13 @@ def cache(folder: Path, num_parts: int) -> str:
 
 def peak_bytes(tmp_path: Path, num_parts: int) -> int:
     (tmp_path / "c.yaml").write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: cpo}\n")
-    config = load_config(tmp_path / "c.yaml", ["train.batch_size=64"])
+    config = load_config(tmp_path / "c.yaml", ["train.batch_size=64", "train.epochs=10"])
     folder = cache(tmp_path / str(num_parts), num_parts)
 
     async def run() -> None:
         feed = Feed(config, [folder], None)
         for step in range(10):
-            await feed.share(Request(1, "train", step, 0, 1, "packed", 2048))
+            await feed.shares(Request(1, "train", step, 0, 1, 1, "packed", 2048))
 
     tracemalloc.start()
     asyncio.run(run())
