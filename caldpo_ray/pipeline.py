@@ -67,6 +67,8 @@ class Prepared:
     num_eval: int
     num_report: int = 0
     """Of a sweep, which holds out rows in two halves: `num_eval` rows decide, these are reported on."""
+    sweep: str | None = None
+    """The name of the sweep of which this is a trial."""
     side_by_side: bool | None = None
     """Whether the cluster has room for policy and reference at once; None: to be found out."""
 
@@ -375,7 +377,7 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
         "num_train": prepared.num_train,
         "num_eval": prepared.num_eval,
         "num_report": prepared.num_report,
-        "stop": config.sweep.stop.model_dump() if prepared.num_report else None,
+        "sweep": prepared.sweep,
     }
 
 

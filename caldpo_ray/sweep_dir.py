@@ -1,7 +1,7 @@
 """The folder of one sweep: its paths, its trials, and what became of each."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class ReferenceCost:
+    """What a sweep asked of the reference, over all its attempts. Seconds are those in which an actor scores."""
+
+    rows_scored: int = 0
+    rows_joined: int = 0
+    """Known without this sweep."""
+    seconds: float = 0.0
+    whole_seconds: float | None = 0.0
+    """What scoring all its rows once would take, known ones included; None where the store does not say."""
+
+
+@dataclass(frozen=True)
 class SweepDir:
     """Paths of one sweep directory; names are fixed."""
 
@@ -57,9 +69,18 @@ class SweepDir:
         return self.path / "best"
 
     @property
-    def reference(self) -> Path:
-        """What the reference took, for a sweep that goes on."""
+    def _reference(self) -> Path:
         return self.path / "reference.json"
+
+    def reference_cost(self) -> ReferenceCost:
+        """Nothing for a sweep that has not begun, or whose objectives have no reference."""
+        if not self._reference.exists():
+            return ReferenceCost()
+        facts = read_json(self._reference, "delete it, and the same command writes it again")
+        return ReferenceCost(**facts)
+
+    def write_reference_cost(self, cost: ReferenceCost) -> None:
+        write_atomically(self._reference, json.dumps(asdict(cost), indent=1))
 
     def run(self, trial: Trial) -> RunDir:
         return RunDir(self.trials / trial.name)
@@ -160,16 +181,22 @@ def collect(home: SweepDir, trial: Trial, metric: str, smallest: bool) -> dict[s
         "wait_seconds": sum(each["wait/reference_seconds"] + each["wait/feed_seconds"] for each in by_split["train"]),
         "checkpoint": str(run.model.relative_to(home.path)) if outcome["state"] == "completed" else "",
     }
-    for half, split in (("selection", "eval"), ("report", "report")):
-        for name, value in (by_split[split][-1] if by_split[split] else {}).items():
-            if isinstance(value, int | float) and _is_metric(name):
-                line[f"{half}/{name}"] = float(value)
     ranked = [each for each in by_split["eval"] if metric in each]
     best = (min if smallest else max)(ranked, key=lambda each: float(each[metric]), default=None)
     line["best_step"] = best["step"] if best else None
-    line |= {f"best_selection/{metric}": float(best[metric])} if best else {}
-    reported = [each for each in by_split["report"] if best and each["step"] == best["step"]]
-    return line | {f"best_report/{metric}": float(each[metric]) for each in reported}
+    for half, split in (("selection", "eval"), ("report", "report")):
+        line |= _metrics(half, by_split[split][-1:])
+        line |= _metrics(f"best_{half}", [each for each in by_split[split] if each["step"] == line["best_step"]])
+    return line
+
+
+def _metrics(prefix: str, found: list[dict[str, Any]]) -> dict[str, float]:
+    return {
+        f"{prefix}/{name}": float(value)
+        for each in found
+        for name, value in each.items()
+        if isinstance(value, int | float) and _is_metric(name)
+    }
 
 
 def _is_metric(name: str) -> bool:

@@ -51,15 +51,14 @@ class SweepSection(Section):
     stop: StopSection = StopSection()
 
 
-def broken_rule(stop: Mapping[str, float | None], line: Mapping[str, Any]) -> str | None:
+def broken_rule(stop: StopSection, line: Mapping[str, Any]) -> str | None:
     """The rule of `sweep.stop` that a line of metrics breaks, in words; None if it breaks none."""
     chosen, rejected = line.get("logratios/chosen"), line.get("logratios/rejected")
     if chosen is None:
         return None
-    drop, bound = stop["chosen_drop"], stop["kl"]
     where = f"at step {line['step']} ({line['split']})"
-    if drop is not None and chosen < -drop:
-        return f"sweep.stop.chosen_drop = {drop:g}: the chosen log-ratio is {chosen:.2f} nats {where}"
-    if bound is not None and rejected is not None and (kl := -(chosen + rejected) / 2) > bound:
-        return f"sweep.stop.kl = {bound:g}: the estimated KL is {kl:.2f} nats {where}"
+    if stop.chosen_drop is not None and chosen < -stop.chosen_drop:
+        return f"sweep.stop.chosen_drop = {stop.chosen_drop:g}: the chosen log-ratio is {chosen:.2f} nats {where}"
+    if stop.kl is not None and rejected is not None and (kl := -(chosen + rejected) / 2) > stop.kl:
+        return f"sweep.stop.kl = {stop.kl:g}: the estimated KL is {kl:.2f} nats {where}"
     return None

@@ -124,21 +124,20 @@ def _require_stop_rules(plan: Plan) -> None:
             )
 
 
-def num_at_once(config: Config, nodes: list[Node], num_trials: int) -> int:
-    """Trials side by side: `sweep.max_concurrent`, or as many as have room, on CPUs with a whole core per worker.
-
-    Raises NotReady where the cluster has no room for as many as the config asks for.
-    """
+def require_room(config: Config, nodes: list[Node]) -> None:
+    """Raises NotReady where the cluster has no room for as many trials at once as the config asks for."""
     asked = config.sweep.max_concurrent
-    if asked is not None:
-        fits = _room(config, nodes, asked, 0.0)
-        if fits < asked:
-            raise NotReady(
-                f"sweep.max_concurrent = {asked}: the cluster has room for {fits} trials of {config.train.num_workers} workers at"
-                " once; lower it, or lower train.num_cpus_per_worker or train.num_gpus_per_worker"
-            )
-        return asked
-    return max(1, _room(config, nodes, num_trials, 0.0 if config.train.use_gpu else 1.0))
+    if asked is not None and (fits := _room(config, nodes, asked, 0.0)) < asked:
+        raise NotReady(
+            f"sweep.max_concurrent = {asked}: the cluster has room for {fits} trials of {config.train.num_workers} workers at"
+            " once; lower it, or lower train.num_cpus_per_worker or train.num_gpus_per_worker"
+        )
+
+
+def num_at_once(config: Config, nodes: list[Node], num_trials: int) -> int:
+    """Trials side by side: `sweep.max_concurrent`, or as many as have room, on CPUs with a whole core per worker."""
+    asked, least_cpus = config.sweep.max_concurrent, 0.0 if config.train.use_gpu else 1.0
+    return asked or max(1, _room(config, nodes, num_trials, least_cpus))
 
 
 def _room(config: Config, nodes: list[Node], most: int, least_cpus: float) -> int:

@@ -15,8 +15,8 @@ from caldpo_ray.config import Config
 from caldpo_ray.errors import RunError
 from caldpo_ray.progress import say
 from caldpo_ray.search_space import describe_point
-from caldpo_ray.storage import read_json, write_atomically
-from caldpo_ray.sweep_dir import SweepDir, Trial, collect, link_best
+from caldpo_ray.storage import write_atomically
+from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial, collect, link_best
 from caldpo_ray.sweep_plan import Plan
 from caldpo_ray.sweep_trial import trial_config
 from caldpo_ray.yaml_text import write_yaml
@@ -26,9 +26,9 @@ WIDTH = 110
 
 def conclude(plan: Plan, home: SweepDir, trials: Sequence[Trial]) -> dict[str, Any]:
     """Write all results and show them; what `sweep.json` holds. Raises RunError when no trial was completed."""
-    reference = _reference(plan, home)
+    reference = home.reference_cost()
     lines = [collect(home, trial, plan.metric, plan.smallest) for trial in trials]
-    lines = [{**line, "reference_seconds": reference["seconds"] / max(1, len(lines))} for line in lines]
+    lines = [{**line, "reference_seconds": reference.seconds / max(1, len(lines))} for line in lines]
     _write_tables(home, lines)
     best = best_points(lines, plan.metric, plan.smallest)
     result = {
@@ -40,7 +40,12 @@ def conclude(plan: Plan, home: SweepDir, trials: Sequence[Trial]) -> dict[str, A
         "leader_board": _with_points(leader_board(best)),
         "points": _with_points(leader_board(standings(lines, plan.metric))),
         "differences_to_dpo": differences(best, plan.metric),
-        "reference": {key: value for key, value in reference.items() if key != "seconds"},
+        "reference": {
+            "rows_scored": reference.rows_scored,
+            "rows_joined": reference.rows_joined,
+            "seconds": reference.seconds,
+            "seconds_saved": _seconds_saved(plan, reference),
+        },
         "verdict": verdict(best, plan.metric),
         "best": None,
     }
@@ -54,14 +59,12 @@ def conclude(plan: Plan, home: SweepDir, trials: Sequence[Trial]) -> dict[str, A
     return result
 
 
-def _reference(plan: Plan, home: SweepDir) -> dict[str, Any]:
-    """What the one pass over the reference took, and what it saved the other trials (None: its cost is not known)."""
-    if not home.reference.exists():
-        return {"rows_scored": 0, "rows_joined": 0, "seconds_saved": 0.0, "seconds": 0.0}
-    facts = read_json(home.reference, "delete it, and the same command writes it again", "rows_scored", "seconds")
+def _seconds_saved(plan: Plan, reference: ReferenceCost) -> float | None:
+    """What the trials that read the reference would have spent on it, each for itself, less what was spent once for all."""
+    if reference.whole_seconds is None:
+        return None
     readers = sum(each.objective.needs_reference for each in plan.contestants.values()) / len(plan.contestants)
-    saved = facts["seconds"] * (plan.num_trials * readers - 1) if facts["rows_scored"] else None
-    return {**facts, "seconds_saved": saved}
+    return reference.whole_seconds * plan.num_trials * readers - reference.seconds
 
 
 def _spent(plan: Plan, label: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -144,7 +147,9 @@ def _show(plan: Plan, home: SweepDir, result: dict[str, Any]) -> None:
     for each in result["differences_to_dpo"]:
         say(each["text"])
     say(result["verdict"])
-    facts = result["reference"]
-    saved = "" if facts["seconds_saved"] is None else f", {facts['seconds_saved']:.0f} s of scoring saved"
+    facts, gpus = result["reference"], plan.config.reference.num_gpus_per_actor
+    saved = ""
+    if facts["seconds_saved"] is not None:
+        saved = f", {facts['seconds_saved'] * (gpus or 1):.1f} {'GPU-' if gpus else ''}seconds of scoring saved"
     say(f"reference: {facts['rows_scored']} rows scored, {facts['rows_joined']} joined{saved}")
     say(f"results in {home.results}" + (f"; best config {home.best_config}" if result["best"] else ""))

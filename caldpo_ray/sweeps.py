@@ -25,10 +25,10 @@ from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, require_lasting_folders
-from caldpo_ray.storage import open_path, read_json, write_atomically
+from caldpo_ray.storage import open_path
 from caldpo_ray.store import ReferenceStore, join
-from caldpo_ray.sweep_dir import SweepDir, Trial, collect, open_sweep_dir
-from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads
+from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial, collect, open_sweep_dir
+from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
 from caldpo_ray.sweep_results import conclude
 
 
@@ -73,6 +73,7 @@ def _run(plan: Plan, home: SweepDir) -> None:
     from caldpo_ray.sweep_search import Listed, make_scheduler
     from caldpo_ray.sweep_trial import Shared
 
+    require_room(plan.config, live_nodes())  # refused, if so, before anything is read or scored
     prepared = _prepare_once(plan, home)
     nodes = live_nodes()
     at_once = num_at_once(plan.config, nodes, plan.num_trials)
@@ -149,7 +150,8 @@ def _prepare_once(plan: Plan, home: SweepDir) -> Prepared:
             " on the other; hold out more"
         )
     say(f"held-out rows: {num_eval} to choose by, {num_report} to report on")
-    prepared = replace(prepared, config=plan.config, num_eval=num_eval, num_report=num_report, side_by_side=True)
+    halves = {"num_eval": num_eval, "num_report": num_report}
+    prepared = replace(prepared, config=plan.config, sweep=config.run.name, side_by_side=True, **halves)
     _score_once(plan, home, prepared)
     return prepared
 
@@ -172,13 +174,18 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
                 say(f"reference: {progress.scored} of {progress.wanted - progress.joined} responses scored")
     except Exception as error:
         raise find_error(error) or error from None
-    before = read_json(home.reference, "delete it", "rows_scored") if home.reference.exists() else {"rows_scored": 0}
-    if progress.scored or not home.reference.exists():
-        seconds = progress.seconds + before.get("seconds", 0.0)
-        facts = {"rows_scored": len(order) - joined + before["rows_scored"], "rows_joined": joined, "seconds": seconds}
-        write_atomically(home.reference, json.dumps(facts, indent=1))
-        if progress.scored:
-            say(f"reference: {facts['rows_scored']} rows scored in {seconds:.1f} s, once for {plan.num_trials} trials")
+    earlier = home.reference_cost()
+    scored, each = len(order) - joined + earlier.rows_scored, job.store.seconds_per_response()
+    home.write_reference_cost(
+        ReferenceCost(
+            rows_scored=scored,
+            rows_joined=max(0, len(order) - scored),
+            seconds=earlier.seconds + progress.busy_seconds,
+            whole_seconds=None if each is None else each * progress.wanted,
+        )
+    )
+    if progress.scored:
+        say(f"reference: {len(order) - joined} rows scored in {progress.seconds:.1f} s, once for all trials")
 
 
 def _rows_to_score(

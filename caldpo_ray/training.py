@@ -139,7 +139,9 @@ class PolicyWorker:
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         if self.rank == 0:
-            self.loggers = open_loggers(self.config.loggers, self.run.path, settings["config"], settings["identity"])
+            self.loggers = open_loggers(
+                self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
+            )
 
     def _agree_on_attempt(self) -> int:
         """Later groups get higher numbers, also after the feed was restarted."""
@@ -363,7 +365,7 @@ class PolicyWorker:
             append_metrics(self.run.metrics, line)
             for log in self.loggers:
                 log(line["step"], scalars(line))
-        if self.settings["stop"] is not None and (broken := broken_rule(self.settings["stop"], line)):
+        if self.settings["sweep"] is not None and (broken := broken_rule(self.config.sweep.stop, line)):
             raise Diverged(broken)
 
     def _check_start(self, micro_batch: MicroBatch, gap: Tensor) -> None:

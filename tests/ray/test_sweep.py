@@ -40,14 +40,14 @@ def free_cpus() -> float:
 
 @pytest.fixture(scope="module")
 def home(world: Path, tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
-    """Two objectives, two points each, two seeds; killed with its driver when three trials were done, and gone on with."""
+    """Two objectives, two points each, two seeds; killed with its driver when two trials were done, and gone on with."""
     space = {"cal_dpo": {"beta": [0.1, 0.3]}, "dpo": {"beta": [0.1, 1.0]}}
     sweep = {"objectives": ["cal_dpo", "dpo"], "space": space, "seeds": 2}
     config = sweep_config(tmp_path_factory.mktemp("sweep"), world, sweep)
     home = config.parent / "runs" / "config"
     command = [sys.executable, "-m", "caldpo_ray", "sweep", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(lambda: process.poll() is not None or len(outcomes(home)) >= 3, "three trials")
+    wait_until(lambda: process.poll() is not None or len(outcomes(home)) >= 2, "two trials")
     assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -90,7 +90,9 @@ def test_the_reference_was_scored_once_for_all(home: Path) -> None:
     (stored,) = list_references(home.parent / ".cache" / "reference")
     scored = result["reference"]["rows_scored"]
     assert 0 < scored <= 480 and stored["entries"] <= 2 * scored  # rows have two responses, some of them equal
-    assert result["reference"]["seconds_saved"] > 0
+    assert (
+        6 * result["reference"]["seconds"] < result["reference"]["seconds_saved"] < 8 * result["reference"]["seconds"]
+    )
     for trial in home.glob("trials/*/manifest.json"):
         assert {place["role"] for place in json.loads(trial.read_text())["places"]} == {"policy worker"}
 
@@ -137,33 +139,40 @@ def test_a_directory_of_another_sweep_is_refused(home: Path) -> None:
         caldpo_ray.sweep(home / "sweep.yaml", ["train.batch_size=16"])
 
 
+def test_a_metric_that_no_trial_reports(home: Path) -> None:
+    """Told by the first trial; the rows and the reference are those of the other sweep."""
+    with pytest.raises(InputError, match=r"rewards/accuracy: not among the evaluation metrics: .*rewards/accuracies"):
+        caldpo_ray.sweep(home / "sweep.yaml", ["run.name=mistyped", "sweep.metric=rewards/accuracy"])
+    assert not list(home.parent.glob("mistyped/trials/*/outcome.json"))
+
+
+def test_more_trials_at_once_than_the_cluster_has_room_for(home: Path) -> None:
+    with pytest.raises(InputError, match=r"sweep\.max_concurrent = 9: the cluster has room for 4 trials"):
+        caldpo_ray.sweep(home / "sweep.yaml", ["run.name=crowd", "sweep.max_concurrent=9"])
+
+
 def test_trials_that_fail_or_stop_do_not_end_the_sweep(
     world: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The workers of one die at every attempt, one leaves the reference by more than its rule allows, one loss is not finite."""
+    """The worker of one dies at every attempt, one loss is not finite, one policy leaves the reference too far; one is well."""
     objectives = [
-        {"name": "tests.ray.objectives:dies", "label": "own"},
-        {"name": "tests.ray.objectives:explodes", "label": "nan", "beta": 1.0},
-        {"name": "dpo", "beta": 0.1},
+        {"name": "tests.ray.objectives:dies", "label": "dies", "at_once": True},
+        {"name": "tests.ray.objectives:explodes", "label": "explodes", "beta": 1.0, "at": 0.1},
+        {"name": "dpo", "label": "drops", "beta": 0.1},
+        {"name": "dpo", "label": "well", "beta": 0.1},
     ]
-    space = {
-        "own": {"at_once": [True, False]},
-        "nan": {"at": [0.1, 1000.0]},
-        "dpo": {"train.learning_rate": [1e-5, 0.03]},
+    space = {each["label"]: {"train.learning_rate": [1e-3]} for each in objectives} | {
+        "drops": {"train.learning_rate": [0.03]}
     }
-    stop = {"chosen_drop": 20.0}
-    config = sweep_config(
-        tmp_path, world, {"objectives": objectives, "space": space, "stop": stop}, max_failures=0, max_steps=12,
-        learning_rate=1e-3,
-    )  # fmt: skip
+    sweep = {"objectives": objectives, "space": space, "stop": {"chosen_drop": 20.0}}
+    config = sweep_config(tmp_path, world, sweep, max_failures=0, max_steps=12)
     home = caldpo_ray.sweep(config).path
-    states = {(line["objective"], line["point"]): (line["state"], line["reason"]) for line in lines(home)}
-    assert states[("own", "at_once-False")][0] == states[("nan", "at-1000")][0] == "completed"
-    assert states[("own", "at_once-True")][0] == "failed" and "training stopped" in states[("own", "at_once-True")][1]
-    stopped = [why for state, why in states.values() if state == "stopped"]
-    assert any("the loss is not finite" in why for why in stopped) and any(
-        "sweep.stop.chosen_drop = 20" in w for w in stopped
-    )
+    ended = {line["objective"]: (line["state"], line["reason"]) for line in lines(home)}
+    assert {label: state for label, (state, _) in ended.items()} == {
+        "dies": "failed", "explodes": "stopped", "drops": "stopped", "well": "completed"
+    }  # fmt: skip
+    assert "training stopped" in ended["dies"][1] and "the loss is not finite" in ended["explodes"][1]
+    assert "sweep.stop.chosen_drop = 20" in ended["drops"][1]
     assert "once more, from its last checkpoint" in capsys.readouterr().out
     wait_until(lambda: free_cpus() == 2.0, "all CPUs", 20)
     assert not [actor for actor in live_actors() if actor["ActorClassName"] in ("Feed", "SweepTrial", "RayTrainWorker")]
@@ -173,27 +182,15 @@ def test_asha_stops_trials_and_the_best_are_repeated(world: Path, tmp_path: Path
     sweep = {
         "objectives": [{"name": "dpo", "beta": 0.5}],
         "space": {"dpo": {"train.learning_rate": [3e-3, 3e-4, 1e-7, 1e-8]}},
-        "seeds": 2, "scheduler": "asha", "best_points": 1, "max_concurrent": 1,
+        "seeds": 2, "scheduler": "asha", "best_points": 1, "metric": "logratios/margins",
     }  # fmt: skip
-    config = sweep_config(tmp_path, world, sweep, max_steps=40, epochs=4, eval_every=4, lr_scheduler="constant")
+    config = sweep_config(tmp_path, world, sweep, max_steps=13, epochs=2, eval_every=4, lr_scheduler="constant")
     home = caldpo_ray.sweep(config).path
     by_state: dict[str, list[dict[str, Any]]] = {}
     for line in lines(home):
         by_state.setdefault(line["state"], []).append(line)
-    assert all("sweep.scheduler = asha" in line["reason"] and line["steps"] < 40 for line in by_state["stopped"])
-    assert {line["steps"] for line in by_state["completed"]} == {40}
+    assert all("sweep.scheduler = asha" in line["reason"] and line["steps"] < 13 for line in by_state["stopped"])
+    assert {line["steps"] for line in by_state["completed"]} == {13}
     (repeated,) = [line for line in lines(home) if line["seed"] == 8]
     first = [line for line in by_state["completed"] if line["seed"] == 7]
-    assert repeated["point"] == max(first, key=lambda line: line[f"selection/{METRIC}"])["point"]
-
-
-def test_a_metric_that_no_trial_reports(world: Path, tmp_path: Path, cluster: str) -> None:
-    sweep = {"objectives": ["dpo"], "space": {"dpo": {"beta": [0.1]}}, "metric": "rewards/accuracy"}
-    with pytest.raises(InputError, match=r"rewards/accuracy: not among the evaluation metrics: .*rewards/accuracies"):
-        caldpo_ray.sweep(sweep_config(tmp_path, world, sweep))
-
-
-def test_more_trials_at_once_than_the_cluster_has_room_for(world: Path, tmp_path: Path, cluster: str) -> None:
-    sweep = {"objectives": ["dpo"], "space": {"dpo": {"beta": [0.1]}}, "max_concurrent": 9}
-    with pytest.raises(InputError, match=r"sweep\.max_concurrent = 9: the cluster has room for 4 trials"):
-        caldpo_ray.sweep(sweep_config(tmp_path, world, sweep))
+    assert repeated["point"] == max(first, key=lambda line: line["selection/logratios/margins"])["point"]

@@ -221,7 +221,9 @@ def test_the_halves_of_the_held_out_rows(folder: str) -> None:
         assert all(halves) and sorted(halves[0] + halves[1]) == held_out.tolist()
         feed = Feed(config(folder, "data.eval=0.6"), [folder], None, in_halves=True)
         for split, numbers in zip(("eval", "report"), halves, strict=True):
-            assert sorted(names(await share(feed, request(0, 0, 1, split=split)))) == [f"{number:04d}" for number in numbers]
+            assert sorted(names(await share(feed, request(0, 0, 1, split=split)))) == [
+                f"{number:04d}" for number in numbers
+            ]
         assert count_halves([folder], 0.6) == (len(halves[0]), len(halves[1]))
 
     asyncio.run(run())

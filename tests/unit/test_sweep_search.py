@@ -11,7 +11,7 @@ from ray.tune.search import Searcher
 from caldpo_ray.errors import InputError
 from caldpo_ray.search_space import Point, contestants
 from caldpo_ray.sweep_dir import SweepDir, Trial
-from caldpo_ray.sweep_options import broken_rule
+from caldpo_ray.sweep_options import StopSection, broken_rule
 from caldpo_ray.sweep_search import Listed, Tpe, Turns, make_scheduler
 from tests.unit.test_sweep_space import TWO, config, plan
 
@@ -144,10 +144,10 @@ def test_a_scheduler_needs_something_to_stop(tmp_path: Path) -> None:
 
 
 def test_stop_rules_name_themselves() -> None:
-    stop: dict[str, float | None] = {"chosen_drop": 5.0, "kl": 20.0}
+    stop = StopSection(chosen_drop=5.0, kl=20.0)
     line = {"step": 3, "split": "train", "logratios/chosen": -4.0, "logratios/rejected": -30.0}
     assert broken_rule(stop, line) is None  # (4 + 30) / 2 = 17
     assert "sweep.stop.kl = 20" in (broken_rule(stop, line | {"logratios/rejected": -37.0}) or "")
     assert "sweep.stop.chosen_drop = 5" in (broken_rule(stop, line | {"logratios/chosen": -5.1}) or "")
-    assert broken_rule({"chosen_drop": None, "kl": None}, line | {"logratios/chosen": -99.0}) is None
+    assert broken_rule(StopSection(), line | {"logratios/chosen": -99.0}) is None
     assert broken_rule(stop, {"step": 3, "split": "train"}) is None
