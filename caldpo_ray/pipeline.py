@@ -100,6 +100,9 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     _refuse_what_failed_before(config, run)
     for change in changes:
         say(f"changed since the last attempt: {change}")
+    if config.sweep.objectives or config.sweep.space:
+        say("this config describes a sweep, which is for `caldpo sweep`; here its objective is trained alone")
+    say(f"{config.objective.name}: loss = {config.objective.formula}")
     with attempt(config, run):
         connect(verbose)
         with full_disk_told(config.run_dir):
@@ -145,20 +148,24 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
         )
 
 
-def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
-    """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
+def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_responses: int | None = None) -> Prepared:
+    """Models resolved, rows tokenised, store opened; what can be refused is refused before.
+
+    `min_responses` of a row: what the objective asks for, unless others train on the same rows.
+    """
     require_installed(config.loggers, config.run_dir)
     require_objective(config.objective)
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
-    say(f"{objective.name}: loss = {objective.formula}")
     cache = open_path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
     facts = [
-        build_rows(source, config.data, model, policy.tokenizer, cache / "rows", objective.min_responses)
+        build_rows(
+            source, config.data, model, policy.tokenizer, cache / "rows", min_responses or objective.min_responses
+        )
         for source in sources
     ]
     make_folder(run.path)

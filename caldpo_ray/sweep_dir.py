@@ -173,6 +173,7 @@ def collect(home: SweepDir, trial: Trial, metric: str, smallest: bool) -> dict[s
         "point": point_name(trial.point),
         "seed": trial.seed,
         "parameters": json.dumps(trial.point),
+        "config": str(run.config.relative_to(home.path)),
         "state": outcome["state"],
         "reason": outcome["reason"],
         "steps": max((each["step"] for each in lines), default=0),

@@ -108,7 +108,10 @@ def _points(config: Config, found: list[Contestant]) -> dict[str, list[Point]]:
 
 
 def _require_comparable(plan: Plan) -> None:
-    if plan.metric.startswith(INCOMPARABLE) and (len(plan.contestants) > 1 or plan.num_points > 1):
+    one_loss = len(plan.contestants) == 1 and not any(
+        dimension.key.startswith("objective.") for each in plan.contestants.values() for dimension in each.space
+    )
+    if plan.metric.startswith(INCOMPARABLE) and not one_loss:
         raise InputError(
             f"sweep.metric = {plan.metric}: has another scale for every objective and beta, so it cannot choose between them;"
             " take rewards/accuracies, logratios/margins or calibration/ece"

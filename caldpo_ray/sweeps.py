@@ -25,7 +25,7 @@ from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, require_lasting_folders
-from caldpo_ray.storage import open_path
+from caldpo_ray.storage import full_disk_told, open_path
 from caldpo_ray.store import ReferenceStore, join
 from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial, collect, open_sweep_dir
 from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
@@ -40,6 +40,11 @@ def sweep(config: Config | str | Path, overrides: Sequence[str] = (), verbose: b
     """
     if not isinstance(config, Config):
         config = load_config(config, overrides)
+    with full_disk_told(config.run_dir):
+        return _sweep(config, verbose)
+
+
+def _sweep(config: Config, verbose: bool) -> SweepDir:
     require_lasting_folders(config)
     plan = make_plan(config, SweepDir(open_path(config.run_dir).absolute()))
     home = open_sweep_dir(config)
@@ -136,13 +141,10 @@ def _repetitions(plan: Plan, home: SweepDir) -> list[Trial]:
 
 def _prepare_once(plan: Plan, home: SweepDir) -> Prepared:
     """Rows tokenised, held-out rows halved, the reference scored: for all trials together."""
-    # The objective that asks most of a row and of the reference decides for all: they train on the same rows.
-    objective = max(
-        (each.objective for each in plan.contestants.values()), key=lambda o: (o.min_responses, o.needs_reference)
-    )
-    config = plan.config.model_copy(update={"objective": objective})
-    run = RunDir(home.path)
-    prepared = prepare(config, run)
+    # They train on the same rows: what the most demanding one asks of a row and of the reference decides for all.
+    objectives = [each.objective for each in plan.contestants.values()]
+    config = plan.config.model_copy(update={"objective": max(objectives, key=lambda each: each.needs_reference)})
+    prepared = prepare(config, RunDir(home.path), min_responses=max(each.min_responses for each in objectives))
     num_eval, num_report = _get(_task(plan, count_halves).remote(prepared.folders, config.data.eval))
     if not num_eval or not num_report:
         raise InputError(

@@ -133,6 +133,7 @@ def test_a_trial_is_a_run_of_the_same_config(tmp_path: Path) -> None:
         ({**TWO, "objectives": ["dpo", "dpo"]}, "dpo is there twice"),
         ({**TWO, "objectives": ["dpo", {"name": "cal_dpo", "label": "a/b"}]}, "label 'a/b'"),
         ({**TWO, "metric": "loss"}, "sweep.metric = loss"),
+        ({"objectives": ["dpo"], "space": {"dpo": {"beta": [0.1, 1.0]}}, "metric": "loss"}, "sweep.metric = loss"),
         ({**TWO, "scheduler": "asha"}, "train.eval_every is not"),
         ({**TWO, "searcher": "random"}, "sweep.num_samples: required"),
         ({**TWO, "searcher": "random", "num_samples": 3, "space": {"all": {"beta": [0.1, 0.2]}}}, "only 2 different points"),
@@ -145,6 +146,12 @@ def test_what_cannot_work_is_refused(tmp_path: Path, sweep: dict[str, Any], told
     with pytest.raises(InputError) as refused:
         plan(tmp_path, sweep)
     assert told in str(refused.value)
+
+
+def test_a_loss_chooses_between_learning_rates(tmp_path: Path) -> None:
+    """Of one objective it has one scale."""
+    made = plan(tmp_path, {"objectives": ["sft"], "space": {"sft": {"train.learning_rate": [1e-4, 1e-3]}}})
+    assert made.metric == "loss" and made.smallest
 
 
 def test_without_held_out_rows_nothing_can_be_chosen(tmp_path: Path) -> None:
