@@ -9,10 +9,11 @@ import yaml
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
+from caldpo_ray.placement import Node
 from caldpo_ray.run_dir import open_run_dir
 from caldpo_ray.search_space import contestants, listed_points, point_name, seeds
 from caldpo_ray.sweep_dir import SweepDir, Trial, open_sweep_dir
-from caldpo_ray.sweep_plan import Plan, make_plan
+from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
 from caldpo_ray.sweep_trial import trial_config
 
 
@@ -157,6 +158,41 @@ def test_a_loss_chooses_between_learning_rates(tmp_path: Path) -> None:
 def test_without_held_out_rows_nothing_can_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.eval: required for a sweep"):
         plan(tmp_path, TWO, data={"train": "t.jsonl"})
+
+
+NODES = [Node("a", {"CPU": 8.0, "GPU": 2.0}, {}), Node("b", {"CPU": 2.0}, {})]
+
+
+@pytest.mark.parametrize(
+    ("train", "at_once", "threads"),
+    [
+        ({"num_workers": 1}, 10, 1),  # a core for each
+        ({"num_workers": 2}, 5, 1),
+        ({"num_workers": 8}, 1, None),  # alone, it may take what it finds
+        ({"num_workers": 1, "num_cpus_per_worker": 4}, 2, 5),  # the cores of both nodes, shared by two
+        ({"num_workers": 1, "use_gpu": True}, 2, None),
+        ({"num_workers": 1, "use_gpu": True, "num_gpus_per_worker": 0.25}, 8, None),
+        ({"num_workers": 1, "use_gpu": True, "num_gpus_per_worker": 0.25, "num_cpus_per_worker": 4}, 2, None),
+    ],
+)
+def test_as_many_trials_as_have_room(tmp_path: Path, train: dict[str, Any], at_once: int, threads: int | None) -> None:
+    read = config(tmp_path, {**TWO, "seeds": 5}, train=train)
+    assert num_at_once(read, NODES, 20) == at_once and num_threads(read, NODES, at_once) == threads
+    assert num_at_once(read, NODES, 1) == 1
+
+
+def test_a_number_of_trials_is_kept_or_refused(tmp_path: Path) -> None:
+    """Asked for, half a core per worker will do."""
+    read = config(tmp_path, {**TWO, "max_concurrent": 20}, train={"num_workers": 1})
+    require_room(read, NODES)
+    assert num_at_once(read, NODES, 3) == 20
+    with pytest.raises(InputError, match=r"sweep\.max_concurrent = 20: the cluster has room for 4 trials of 1 workers"):
+        require_room(read, NODES[1:])
+
+
+def test_workers_of_one_run_share_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.num_gpus_per_worker.*needs num_workers 1"):
+        config(tmp_path, TWO, train={"num_workers": 2, "use_gpu": True, "num_gpus_per_worker": 0.5})
 
 
 def test_a_sweep_directory_belongs_to_one_sweep(tmp_path: Path) -> None:
