@@ -62,6 +62,11 @@ class Dimension:
     def sample(self, rng: np.random.Generator) -> Any:
         return self.values[int(rng.integers(len(self.values)))] if self.values else self.at(float(rng.random()))
 
+    def describe(self) -> str:
+        """As people write it: beta 0.1, 0.3 or beta 0.01 to 1."""
+        values = ", ".join(map(_shown, self.values)) if self.values else f"{self.low:g} to {self.high:g}"
+        return f"{self.key.rpartition('.')[2]} {values}"
+
     def at(self, share: float) -> float:
         """The value so far along the range."""
         if self.log:

@@ -19,6 +19,7 @@ from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS
 from caldpo_ray.errors import InputError, find_error
 from caldpo_ray.feed import count_halves, schedules, split_rows
+from caldpo_ray.objective_parameters import parse_objective
 from caldpo_ray.pipeline import Prepared, connect, prepare
 from caldpo_ray.placement import live_nodes, require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, say
@@ -48,8 +49,8 @@ def _sweep(config: Config, verbose: bool) -> SweepDir:
     require_lasting_folders(config)
     plan = make_plan(config, SweepDir(open_path(config.run_dir).absolute()))
     home = open_sweep_dir(config)
-    for contestant in plan.contestants.values():
-        say(f"{contestant.label}: loss = {contestant.objective.formula}")
+    for label in plan.contestants:
+        say(_describe_contestant(plan, label))
     say(
         f"{plan.num_trials} trials: {len(plan.contestants)} objectives, {plan.num_points} points each, seeds {plan.seeds}"
     )
@@ -60,6 +61,18 @@ def _sweep(config: Config, verbose: bool) -> SweepDir:
         _run(plan, home)
     conclude(plan, home, _all_trials(plan, home))
     return home
+
+
+def _describe_contestant(plan: Plan, label: str) -> str:
+    contestant = plan.contestants[label]
+    space = "; ".join(dimension.describe() for dimension in contestant.space)
+    if not plan.points[label]:
+        return f"{label}: {space}"
+    here = {
+        key.removeprefix("objective."): value for key, value in plan.points[label][0].items() if "objective." in key
+    }
+    first = parse_objective(contestant.objective.model_dump() | here)
+    return f"{label}: {space} (loss at the first point: {first.formula})"
 
 
 def _is_complete(plan: Plan, home: SweepDir) -> bool:

@@ -15,6 +15,7 @@ from caldpo_ray.search_space import contestants, listed_points, point_name, seed
 from caldpo_ray.sweep_dir import SweepDir, Trial, open_sweep_dir
 from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
 from caldpo_ray.sweep_trial import trial_config
+from caldpo_ray.sweeps import _describe_contestant
 
 
 def config(tmp_path: Path, sweep: dict[str, Any], **sections: dict[str, Any]) -> Config:
@@ -74,6 +75,14 @@ def test_a_random_search_is_reproducible_and_inside_its_range(tmp_path: Path) ->
     betas = np.array([point["objective.beta"] for point in first["dpo"]])
     assert len(set(betas)) == 40 and betas.min() >= 1e-3 and betas.max() <= 10
     assert 0.02 < np.median(betas) < 0.5  # log-uniform: a uniform one would have it near 5
+
+
+def test_what_is_searched_is_said_in_words(tmp_path: Path) -> None:
+    space = {"dpo": {"beta": [0.1, 0.5], "train.learning_rate": {"low": 1e-5, "high": 1e-3}}}
+    made = plan(tmp_path, {"objectives": ["dpo"], "space": space})
+    assert _describe_contestant(made, "dpo") == (
+        "dpo: beta 0.1, 0.5; learning_rate 1e-05 to 0.001 (loss at the first point: -log σ(0.1·Δ))"
+    )
 
 
 def test_a_linear_range(tmp_path: Path) -> None:
