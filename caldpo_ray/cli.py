@@ -43,6 +43,14 @@ def train(
 
 
 @app.command()
+def sweep(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Compare objectives and their strengths by many runs over one reference; resumes by itself."""
+    from caldpo_ray.sweeps import sweep as compare
+
+    compare(config, overrides or [], verbose)
+
+
+@app.command()
 def preview(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -17,7 +17,17 @@ NAMES = {
 }
 
 LAYERS = [
-    {"errors", "schema", "imports", "yaml_text", "options", "dotted", "objective_parameters", "config"},
+    {
+        "errors",
+        "schema",
+        "imports",
+        "yaml_text",
+        "options",
+        "dotted",
+        "objective_parameters",
+        "sweep_options",
+        "config",
+    },
     {
         "objectives",
         "allocator",
@@ -37,6 +47,8 @@ LAYERS = [
         "run_figures",
         "sweep_figures",
         "report_page",
+        "search_space",
+        "comparison",
     },
     {
         "readers",
@@ -49,6 +61,7 @@ LAYERS = [
         "checkpoint",
         "resharding",
         "run_dir",
+        "sweep_dir",
         "loggers",
         "judging",
         "model_card",
@@ -65,6 +78,12 @@ LAYERS = [
         "generation",
         "pipeline",
         "reference_verbs",
+        "sweep_trial",
+        "sweep_plan",
+        "sweep_search",
+        "sweep_run",
+        "sweep_results",
+        "sweeps",
         "evaluation",
         "export",
         "plan",
@@ -116,6 +135,7 @@ def test_every_module_imports(name: str) -> None:
         ("caldpo_ray", {"torch", "ray", "transformers", "pydantic"}),
         ("caldpo_ray.cli", {"torch", "ray", "transformers"}),
         ("caldpo_ray.pipeline", {"torch", "ray", "transformers", "deepspeed"}),
+        ("caldpo_ray.sweep_run", {"torch", "transformers", "deepspeed"}),
         ("caldpo_ray.objectives", {"ray", "transformers", "deepspeed"}),
         ("caldpo_ray.logprobs", {"ray", "transformers", "deepspeed"}),
     ],
