@@ -78,12 +78,19 @@ def preview(
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Try a few rows on the cluster: speeds and costs.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
     """Check config, a sample of the data, memory, resources and labels; start nothing."""
     from caldpo_ray.config import load_config
     from caldpo_ray.plan import plan as look
 
-    for line in look(load_config(config, overrides or []), verbose):
+    for line in look(load_config(config, overrides or []), verbose, measure):
         typer.echo(line)
 
 
