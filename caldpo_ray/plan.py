@@ -152,12 +152,25 @@ def plan(config: Config, verbose: bool = False, measured: bool = False) -> Itera
     num_rows, num_held_out = count_rows(config, sample)
     yield from _data_lines(sample)
     yield from _size_lines(config, sample, num_rows, num_held_out)
+    num_trials = _count_trials(config)
+    if num_trials:
+        yield f"sweep      {len(config.sweep.objectives)} objectives, {num_trials} trials of so many rows each"
     yield from _store_lines(config, sample, num_rows, num_held_out)
     yield from _memory_lines(config)
     connect(verbose)
     yield from _placement_lines(config)
     if measured:
-        yield from _measured_lines(config, sample, num_rows)
+        yield from _measured_lines(config, sample, num_rows, num_trials)
+
+
+def _count_trials(config: Config) -> int:
+    """Of a sweep, whose points are all looked at; 0 where the config describes none."""
+    if not config.sweep.objectives:
+        return 0
+    from caldpo_ray.sweep_dir import SweepDir
+    from caldpo_ray.sweep_plan import make_plan
+
+    return make_plan(config, SweepDir(open_path(config.run_dir))).num_trials
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -336,7 +349,7 @@ def describe_places(assigned: list[tuple[Bundle, Node | None]]) -> Iterator[str]
         yield f"           {count} {role}{'s' * (count > 1)}, {needs}{' each' * (count > 1)}: {name}"
 
 
-def _measured_lines(config: Config, sample: Sample, num_rows: int | None) -> Iterator[str]:
+def _measured_lines(config: Config, sample: Sample, num_rows: int | None, num_trials: int) -> Iterator[str]:
     from caldpo_ray.timing import actors_needed, measure, run_cost
 
     policy, reference = measure(config, [row for row, _ in sample.rows])
@@ -361,6 +374,9 @@ def _measured_lines(config: Config, sample: Sample, num_rows: int | None) -> Ite
             f"cost       about {cost.policy / 3600:.2g} {unit}-hours of policy workers and {cost.reference / 3600:.2g} of"
             " reference actors, without starts, evaluations and the optimiser's steps"
         )
+        if num_trials:
+            hours = cost.device_hours(num_trials)
+            yield f"           about {hours:.2g} {unit}-hours for {num_trials} trials over one reference"
 
 
 def _peak(peak_bytes: int | None) -> str:

@@ -12,6 +12,7 @@ from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady
 from caldpo_ray.placement import Bundle, Node, assign
 from caldpo_ray.plan import (
+    _count_trials,
     _known_logps,
     _memory_lines,
     _reachable_lines,
@@ -112,6 +113,14 @@ def test_a_target_beyond_the_log_prob_is_out_of_reach(config: Path) -> None:
     (line,) = _reachable_lines(settings, np.array([-12, -11], np.float32))
     assert "100%" in line and "raise" not in line
     assert not list(_reachable_lines(load_config(config), np.array([-1], np.float32))), "DPO has no target"
+
+
+def test_trials_of_a_sweep_are_counted(config: Path) -> None:
+    assert _count_trials(load_config(config)) == 0
+    space = ["sweep.objectives=[dpo, ipo]", "sweep.space={dpo: {beta: [0.1, 1]}, ipo: {beta: [0.1, 1]}}"]
+    assert _count_trials(load_config(config, [*space, "sweep.seeds=3", "data.eval=0.2"])) == 12
+    with pytest.raises(InputError, match=r"data\.eval: required for a sweep"):
+        _count_trials(load_config(config, space))
 
 
 def test_a_store_is_asked_only_for_a_model_that_was_looked_at(config: Path) -> None:
