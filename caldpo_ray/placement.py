@@ -23,6 +23,9 @@ class Bundle:
     resources: Resources
     labels: dict[str, str] = field(default_factory=dict)
 
+    def describe(self) -> str:
+        return ", ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount) or "nothing"
+
 
 @dataclass(frozen=True)
 class Node:
@@ -48,20 +51,26 @@ def data_task(config: Config) -> Bundle:
     return Bundle("data task", {"CPU": TOKENISE_CPUS, "GPU": 0.0}, config.data.label_selector or {})
 
 
-def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
-    """The first bundle that fits nowhere when all are placed largest first, or None."""
-    free = [dict(node.resources) for node in nodes]
+def assign(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, Node | None]]:
+    """Each bundle, largest first, with the first node that has room for it beside those before; None where none has."""
+    free, found = [dict(node.resources) for node in nodes], []
     for bundle in sorted(wanted, key=lambda b: (-b.resources["GPU"], -len(b.labels), -b.resources["CPU"])):
+        place = None
         for node, left in zip(nodes, free, strict=True):
             if _matches(bundle.labels, node.labels) and all(
                 left.get(k, 0.0) >= v - 1e-9 for k, v in bundle.resources.items()
             ):
                 for key, amount in bundle.resources.items():
                     left[key] = left.get(key, 0.0) - amount
+                place = node
                 break
-        else:
-            return bundle
-    return None
+        found.append((bundle, place))
+    return found
+
+
+def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
+    """The first bundle that fits nowhere when all are placed largest first, or None."""
+    return next((bundle for bundle, node in assign(wanted, nodes) if node is None), None)
 
 
 def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
@@ -122,7 +131,7 @@ def require_placeable(
 
 
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
-    needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount) or "nothing"
+    needs = bundle.describe()
     label = f" on a node labelled {bundle.labels}" if bundle.labels else " on one node"
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
