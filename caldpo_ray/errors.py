@@ -22,6 +22,10 @@ class RunError(RuntimeError):
     """The run failed on its way; what it saved is kept and the same command resumes it. Exit code 3."""
 
 
+class OutOfMemory(RuntimeError):
+    """A micro-batch did not fit into memory. The next group of workers cuts smaller ones, and no restart is counted for it."""
+
+
 KINDS = (NotReady, InputError, RunError)  # the more special first
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from caldpo_ray.config import Config
 from caldpo_ray.data import TOKENISE_CPUS
-from caldpo_ray.errors import NotReady
+from caldpo_ray.errors import InputError, NotReady, RunError
 
 Resources = dict[str, float]
 # On the one node of a cluster that `connect` started for this process alone.
@@ -121,9 +121,27 @@ def require_placeable(
         time.sleep(POLL_SECONDS)
 
 
-def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
+def not_placed(config: Config, started: bool) -> InputError | RunError:
+    """Policy workers fit the cluster, but others hold what they need: RunError for a run that had `started`, else NotReady."""
+    import ray
+
+    bundle = bundles(config, needs_reference=False)[0][0]
+    free = ray.available_resources()
+    text = (
+        f"resources: {config.train.num_workers} policy workers were not placed within"
+        f" train.placement_timeout_seconds = {config.train.placement_timeout_seconds:g}: each needs {_needs(bundle)}; the whole"
+        f" cluster has {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free now, of which this run's other processes need"
+        " some; end what else runs there, or raise train.placement_timeout_seconds and start the run again"
+    )
+    return RunError(text) if started else NotReady(text)
+
+
+def _needs(bundle: Bundle) -> str:
     needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount) or "nothing"
-    label = f" on a node labelled {bundle.labels}" if bundle.labels else " on one node"
+    return needs + (f" on a node labelled {bundle.labels}" if bundle.labels else " on one node")
+
+
+def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
         f" labels {_own_labels(node.labels)}"
@@ -143,7 +161,7 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
     }[bundle.role]
     join = "" if may_grow(nodes) else ", or set RAY_ADDRESS to a larger cluster"
     return (
-        f"resources: a {bundle.role}{wanted} needs {needs}{label}{beside} and fits on no node ({listed}); change"
+        f"resources: a {bundle.role}{wanted} needs {_needs(bundle)}{beside} and fits on no node ({listed}); change"
         f" {keys}{join}"
     )
 

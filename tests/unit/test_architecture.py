@@ -20,6 +20,7 @@ LAYERS = [
     {"errors", "schema", "imports", "yaml_text", "options", "dotted", "objective_parameters", "config"},
     {
         "objectives",
+        "alarms",
         "allocator",
         "attention",
         "logprobs",
@@ -50,6 +51,9 @@ LAYERS = [
         "progress",
         "trainer",
         "uploads",
+        "waiting",
+        "engine",
+        "faults",
         "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},

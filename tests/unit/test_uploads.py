@@ -13,6 +13,7 @@ from torch import nn
 
 from caldpo_ray.checkpoint import _copy_of_state_dict
 from caldpo_ray.errors import RunError
+from caldpo_ray.run_dir import RunDir
 from caldpo_ray.uploads import Uploads, move_files, on_one_file_system, writing
 
 
@@ -26,7 +27,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uploads(run: Path, rank: int = 0) -> Uploads:
-    return Uploads(run, rank, lambda error: None)
+    return Uploads(RunDir(run), rank, 60, lambda error: None)
 
 
 def test_a_model_is_written_while_its_giver_goes_on(tmp_path: Path, scratch: Path) -> None:
@@ -56,6 +57,32 @@ def test_what_a_model_fails_with_is_raised_at_the_next_one_and_at_the_end(tmp_pa
         with pytest.raises(ValueError, match="no such tokenizer"):
             again()
     assert not (tmp_path / "best").exists()
+
+
+def test_an_attempt_that_was_overtaken_replaces_no_model(tmp_path: Path, scratch: Path) -> None:
+    older = RunDir(tmp_path).claim()
+    run = Uploads(older, 0, 60, lambda error: None)
+    run.model(tmp_path / "best", Path.mkdir)
+    run.finish_model()
+    RunDir(tmp_path).claim()
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").touch()
+
+    run.model(tmp_path / "best", write)
+    with pytest.raises(RunError, match="this older one stops"):
+        run.finish_model()
+    assert not (tmp_path / "best" / "weights").exists()
+
+
+def test_a_model_that_does_not_leave_is_not_waited_for_without_an_end(tmp_path: Path, scratch: Path) -> None:
+    gate = threading.Event()
+    run = Uploads(RunDir(tmp_path), 0, 0.05, lambda error: None)
+    run.model(tmp_path / "best", lambda folder: gate.wait(60) and folder.mkdir())
+    with pytest.raises(RunError, match=r"waited 0 s for the model on its way to"):
+        run.finish_model()
+    gate.set()
 
 
 def test_leftovers_of_this_rank_and_run_alone_are_cleared_away(tmp_path: Path, scratch: Path) -> None:
