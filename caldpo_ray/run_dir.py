@@ -106,7 +106,7 @@ class RunDir:
     def require_held(self) -> None:
         """Asked before everything that an attempt writes. Raises RunError where a newer one has taken the directory over.
 
-        Between the question and the write lies a moment that nobody guards; the newer attempt writes nothing for seconds.
+        What is being written at that moment is written; the newer attempt reads and writes nothing but its claim for seconds.
         """
         if self.token is None:
             return

@@ -93,9 +93,12 @@ class Uploads:
             target = Path(storage.build_checkpoint_path_from_name(name))
             with writing(self._checkpoints / name):
                 if is_remote(self._checkpoints) or not on_one_file_system(Path(written.path), target.parent):
-                    return storage.persist_current_checkpoint(written, name)
-                move_files(Path(written.path), target)
-            return Checkpoint(str(target), storage.storage_filesystem)
+                    stored = storage.persist_current_checkpoint(written, name)
+                else:
+                    move_files(Path(written.path), target, self._run.require_held)
+                    stored = Checkpoint(str(target), storage.storage_filesystem)
+            self._run.require_held()  # or it would be committed
+            return stored
         except Exception as error:
             self._tell(error)
             raise
@@ -142,9 +145,13 @@ def on_one_file_system(folder: Path, other: Path) -> bool:
         return False
 
 
-def move_files(folder: Path, target: Path) -> None:
-    """Rename all files below `folder` into `target`, which may hold those of other ranks; called again, it goes on."""
+def move_files(folder: Path, target: Path, require_held: Callable[[], Any]) -> None:
+    """Rename all files below `folder` into `target`, which may hold those of other ranks; called again, it goes on.
+
+    `require_held` is asked before each, and raises where this attempt may write there no more.
+    """
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         place = target / file.relative_to(folder)
+        require_held()
         place.parent.mkdir(parents=True, exist_ok=True)
         os.rename(file, place)

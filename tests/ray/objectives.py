@@ -57,6 +57,15 @@ def afflicted(
     return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
 
 
+def held_up(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
+) -> Tensor:
+    """Cal-DPO, which waits for a file `go` in `folder` once the policy has moved by 0.3 nats."""
+    while (policy_logps - reference_logps).abs().max() > 0.3 and not (Path(folder) / "go").exists():
+        threading.Event().wait(0.05)
+    return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
+
+
 def poisoned(
     policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float, chosen_score: Tensor | None = None
 ) -> Tensor:

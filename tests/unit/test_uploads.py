@@ -103,10 +103,20 @@ def test_ranks_move_their_files_into_one_folder_and_go_on_after_a_stop(tmp_path:
         (folder / f"{rank}.json").write_text("{}")
         (target / "state").mkdir(parents=True, exist_ok=True)
         (folder / f"{rank}.json").rename(target / f"{rank}.json")  # so far it had come
-        move_files(folder, target)
+        move_files(folder, target, RunDir(tmp_path).require_held)
         assert not [path for path in folder.rglob("*") if path.is_file()]
     found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
     assert found == {"state/rank_0.pt": "0", "state/rank_1.pt": "1", "0.json": "{}", "1.json": "{}"}
+
+
+def test_an_attempt_that_was_overtaken_moves_no_file(tmp_path: Path) -> None:
+    older = RunDir(tmp_path).claim()
+    RunDir(tmp_path).claim()
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "part").touch()
+    with pytest.raises(RunError, match="this older one stops"):
+        move_files(tmp_path / "0", tmp_path / "step-00000005", older.require_held)
+    assert (tmp_path / "0" / "part").exists() and not (tmp_path / "step-00000005").exists()
 
 
 def test_a_folder_that_this_node_does_not_have_is_left_to_ray(tmp_path: Path) -> None:
