@@ -22,11 +22,15 @@ class RunError(RuntimeError):
     """The run failed on its way; what it saved is kept and the same command resumes it. Exit code 3."""
 
 
+class Diverged(RunError):
+    """The run went where going on is no use: a loss that is not finite, or a rule of `sweep.stop`. The message names it."""
+
+
 class OutOfMemory(RuntimeError):
     """A micro-batch did not fit into memory. The next group of workers cuts smaller ones, and no restart is counted for it."""
 
 
-KINDS = (NotReady, InputError, RunError)  # the more special first
+KINDS = (NotReady, InputError, Diverged, RunError)  # the more special first
 
 
 def find_error(error: BaseException | None) -> InputError | RunError | None:

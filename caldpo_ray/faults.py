@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caldpo_ray.config import TrainSection
-from caldpo_ray.errors import OutOfMemory, RunError, last_line
+from caldpo_ray.errors import Diverged, OutOfMemory, RunError, last_line
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.schema import Row
 
@@ -34,13 +34,13 @@ def of_all_ranks(names: list[str]) -> list[str]:
 
 
 def leave_out(train: TrainSection, skipped_steps: int, what: str, row_ids: list[str]) -> str:
-    """Why a step is not applied, in words. Raises RunError where the run is to stop at it, or left out too many with it."""
+    """Why a step is not applied, in words. Raises Diverged where the run is to stop at it, or left out too many with it."""
     more = f" and {len(row_ids) - MOST_NAMED} more" if len(row_ids) > MOST_NAMED else ""
     told = f"{what}: {', '.join(row_ids[:MOST_NAMED])}{more}; `caldpo preview CONFIG --row ID` shows file, line and tokens of one"
     if train.on_nonfinite == "stop":
-        raise RunError(f"{told}. train.on_nonfinite=skip goes on without such steps")
+        raise Diverged(f"{told}. train.on_nonfinite=skip goes on without such steps")
     if skipped_steps > train.max_skipped_steps:
-        raise RunError(
+        raise Diverged(
             f"{told}. That is one more than train.max_skipped_steps = {train.max_skipped_steps} allows: lower"
             " train.learning_rate, or mend these rows"
         )

@@ -24,7 +24,7 @@ from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection
 from caldpo_ray.engine import build_engine, set_up_process, spoil_step, take_step
-from caldpo_ray.errors import InputError, OutOfMemory, RunError, find_error, last_line
+from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line
 from caldpo_ray.faults import leave_out, of_all_ranks, rows_not_finite, within_memory
 from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
@@ -36,6 +36,7 @@ from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 from caldpo_ray.storage import make_folder, open_path, write_atomically
+from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
 from caldpo_ray.waiting import DUMPED_AT, FEED_SECONDS, Watchdog, wait_for
 
@@ -52,7 +53,9 @@ class PolicyWorker:
         self.feed = settings["feed"]
         self.device = set_up_process(self.config.train)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.schedules: dict[SplitName, Schedule] = schedules(self.config, settings["num_train"], settings["num_eval"])
+        self.schedules: dict[SplitName, Schedule] = schedules(
+            self.config, settings["num_train"], settings["num_eval"], settings["num_report"]
+        )
         self.objective: Objective = get_objective(**self.config.objective.model_dump())
         self.wait_seconds = self.config.train.wait_timeout_seconds
         self.watchdog = Watchdog(DUMPED_AT * self.wait_seconds, self._stands_still)
@@ -78,7 +81,9 @@ class PolicyWorker:
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         if self.rank == 0:
-            self.loggers = open_loggers(self.config.loggers, self.run.path, settings["config"], settings["identity"])
+            self.loggers = open_loggers(
+                self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
+            )
 
     def _agree_on_attempt(self) -> tuple[int, int]:
         """(number, tokens of a micro-batch). Later groups get higher numbers, also after the feed was restarted."""
@@ -108,7 +113,7 @@ class PolicyWorker:
             line = self.train_step(step)
             step += 1
             self._require_held()
-            if self.rank == 0 and line:
+            if line:
                 self.write(line)
             if evaluates:
                 best = self.evaluate(step, best)
@@ -216,25 +221,29 @@ class PolicyWorker:
         """Metrics over all held-out rows, exact for any number of workers; keeps the best model; the new best value."""
         if self.evaluated.get("step") == step:
             return best
-        started = time.monotonic()
-        self.engine.eval()
-        parts = []
-        with torch.no_grad():
-            for number in range(self.schedules["eval"].num_steps):
-                parts += [
-                    self.forward(micro_batch, evaluating=True)[1]
-                    for micro_batch in self.next_share("eval", number).micro_batches
-                ]
-        line = self._line(step, "eval", self.reduce(metrics.merge(parts)), started)
+        line = self._measure("eval", step)
         self.evaluated = line
-        if self.rank == 0:
-            self.write(line)
+        self.write(line)
+        if self.settings["num_report"]:  # a sweep chooses by one half of the held-out rows and reports on the other
+            self.write(self._measure("report", step))
         self._require_best_metric(line)
         value = float(line[self.config.best_metric])
         if best is not None and (value >= best if self.config.best_is_smallest else value <= best):
             return best
         self.export(self.run.best)
         return value
+
+    def _measure(self, split: SplitName, step: int) -> dict[str, Any]:
+        started = time.monotonic()
+        self.engine.eval()
+        parts = []
+        with torch.no_grad():
+            for number in range(self.schedules[split].num_steps):
+                parts += [
+                    self.forward(micro_batch, evaluating=True)[1]
+                    for micro_batch in self.next_share(split, number).micro_batches
+                ]
+        return self._line(step, split, self.reduce(metrics.merge(parts)), started)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -316,19 +325,23 @@ class PolicyWorker:
             "split": split,
         }
         line |= metrics.finalise(totals)
-        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "wall_seconds": seconds}
         line |= {"mfu": flops / seconds / self.peak_flops} if self.peak_flops else {}
         line |= dict(zip(self.waits, waits.tolist(), strict=True))
         self.waits = dict.fromkeys(self.waits, 0.0)
         return line
 
     def write(self, line: dict[str, Any]) -> None:
-        self.run.require_held()
-        append_metrics(self.run.metrics, line)
-        for warning in self.alarms.heard(line) if line["split"] == "train" else []:
-            self.feed.note.remote(warning)
-        for log in self.loggers:
-            log(line["step"], scalars(line))
+        """Rank 0 writes. All ranks have the same line, and raise Diverged where it breaks a rule of the sweep."""
+        if self.rank == 0:
+            self.run.require_held()
+            append_metrics(self.run.metrics, line)
+            for log in self.loggers:
+                log(line["step"], scalars(line))
+            for warning in self.alarms.heard(line) if line["split"] == "train" else []:
+                self.feed.note.remote(warning)
+        if self.settings["sweep"] is not None and (broken := broken_rule(self.config.sweep.stop, line)):
+            raise Diverged(broken)
 
     def _check_start(self, micro_batch: MicroBatch, gap: Tensor) -> None:
         """Before the first step the policy is the reference: every log-ratio is zero, or the two are not the same model."""
@@ -353,7 +366,7 @@ class PolicyWorker:
     # -- faults --------------------------------------------------------------------------------------------------
 
     def _leave_out(self, step: int, what: str, row_ids: list[str]) -> None:
-        """A step that is not applied: metrics have a line that says so. Raises RunError where the run is to stop at it."""
+        """A step that is not applied: metrics have a line that says so. Raises Diverged where the run is to stop at it."""
         self.skipped_steps += 1
         reason = f"step {step + 1}: {what}"
         told = leave_out(self.config.train, self.skipped_steps, reason, row_ids)
