@@ -88,15 +88,12 @@ def take_step(engine: Any) -> float | None:
 
     Nothing changes then but that they are gone: neither weights nor the optimiser's state, its step counter included.
     """
-    if (
-        engine.zero_optimization_stage() > 0
-    ):  # DeepSpeed looks at the norm itself, and leaves out such a step without a word
-        engine.step()
+    if engine.zero_optimization_stage() > 0:
+        engine.step()  # looks at the norm itself, and leaves out such a step without a word
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
-    # It does not look with stage 0, and reports no norm: the gradients are whole, so this is the plain norm.
-    norm = float(
-        torch.nn.utils.get_total_norm([p.grad.float() for p in engine.module.parameters() if p.grad is not None])
-    )
+    # With stage 0 DeepSpeed neither looks nor reports a norm: the gradients are whole, so this is the plain norm.
+    gradients = [p.grad.float() for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm):
         engine.zero_grad()
         return None
