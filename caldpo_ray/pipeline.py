@@ -23,7 +23,7 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable
+from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -276,7 +276,7 @@ def fit(
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
-    from caldpo_ray.trainer import PolicyTrainer, never_started
+    from caldpo_ray.trainer import PolicyTrainer
 
     config, run = prepared.config, prepared.run
     side_by_side = prepared.side_by_side
@@ -304,7 +304,7 @@ def fit(
         placement_seconds=config.train.placement_timeout_seconds,
         wait_seconds=config.train.wait_timeout_seconds,
         train_loop_config=worker_settings(prepared, feed),
-        scaling_config=_scaling(config),
+        scaling_config=scaling(config),
         run_config=RunConfig(
             name="checkpoints",
             **ray_train_storage(run.path),
@@ -320,11 +320,7 @@ def fit(
             try:
                 trainer.fit()
             except Exception as error:
-                progress = _progress(feed)
-                progress.raise_failure()
-                if never_started(error):
-                    raise not_placed(config, progress.started) from None
-                raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
+                raise _why_stopped(error, _progress(feed), config) from error
         progress = _progress(feed)
         progress.raise_failure()
         write_manifest(prepared, progress.places.values(), progress.reference)
@@ -332,17 +328,14 @@ def fit(
         ray.kill(feed)
 
 
-def _scaling(config: Config) -> Any:
-    """The policy workers, as Ray Train takes them."""
-    from ray.train import ScalingConfig
+def _why_stopped(error: Exception, progress: Progress, config: Config) -> Exception:
+    """What to tell of the error that Ray Train ended with. Raises what a worker or the feed has told already."""
+    from caldpo_ray.trainer import never_started
 
-    gpus = {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
-    return ScalingConfig(
-        num_workers=config.train.num_workers,
-        use_gpu=config.train.use_gpu,
-        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
-        label_selector=config.train.label_selector,
-    )
+    progress.raise_failure()
+    if never_started(error):
+        return not_placed(config, progress.started)
+    return find_error(error) or RunError(f"training stopped: {last_line(error)}")
 
 
 def _newest_step(run: RunDir) -> int:

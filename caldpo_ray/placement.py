@@ -43,6 +43,19 @@ def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[B
     return workers, [Bundle("reference actor", frozen, reference.label_selector or {})] * actors
 
 
+def scaling(config: Config) -> Any:
+    """The policy workers, as Ray Train takes them."""
+    from ray.train import ScalingConfig
+
+    gpus = {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
+    return ScalingConfig(
+        num_workers=config.train.num_workers,
+        use_gpu=config.train.use_gpu,
+        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
+        label_selector=config.train.label_selector,
+    )
+
+
 def data_task(config: Config) -> Bundle:
     """One of the tasks that read and tokenise rows; they end before workers and actors start."""
     return Bundle("data task", {"CPU": TOKENISE_CPUS, "GPU": 0.0}, config.data.label_selector or {})
