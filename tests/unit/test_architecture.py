@@ -30,6 +30,7 @@ LAYERS = [
     },
     {
         "objectives",
+        "alarms",
         "allocator",
         "attention",
         "logprobs",
@@ -69,6 +70,9 @@ LAYERS = [
         "progress",
         "trainer",
         "uploads",
+        "waiting",
+        "engine",
+        "faults",
         "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},
