@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test bench lint
+.PHONY: install quickstart test bench chaos soak lint
 
 install: $(STAMP)
 
@@ -34,6 +34,16 @@ test: install
 bench: install
 	@echo "Benchmark: this project and TRL on the same rows, one after the other (about half an hour on two cores)"
 	@$(BIN)/python -m tests.benchmarks.throughput $(BENCH)
+
+# `make chaos CHAOS="--kills 200 --seed 1"`
+chaos: install
+	@echo "Chaos: seeded random kills over short runs, each compared with one that nobody disturbed (200 kills: about an hour)"
+	@$(BIN)/python -m tests.chaos.kills $(CHAOS)
+
+# `make soak SOAK="--rows 100000"`
+soak: install
+	@echo "Soak: a million rows through a trivial model; memory, open files and object store must stay flat (about half an hour)"
+	@$(BIN)/python -m tests.chaos.soak $(SOAK)
 
 lint: install
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

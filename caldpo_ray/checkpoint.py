@@ -7,6 +7,7 @@ DeepSpeed's files are pickles: each rank keeps checksums of what it wrote, and n
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
 from caldpo_ray import resharding
-from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.checkpoint_list import STATE_FILE, seal_name
+from caldpo_ray.errors import DamagedCheckpoint, InputError, RunError
 from caldpo_ray.storage import read_bytes
 
 TAG = "state"
-STATE_FILE = "trainer_state.json"
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,35 @@ def save(engine: Any, state: TrainerState, folder: Path) -> None:
 
 
 def read_state(folder: Path) -> TrainerState:
-    """Raises RunError when the folder is not a checkpoint of ours."""
+    """Raises DamagedCheckpoint when the folder is not a checkpoint of ours, or its position is not what was written."""
     try:
-        return TypeAdapter(TrainerState).validate_json(read_bytes(folder / STATE_FILE), strict=True)
+        content = read_bytes(folder / STATE_FILE)
+        state = TypeAdapter(TrainerState).validate_json(content, strict=True)
+    except PermissionError:  # nothing is wrong with the checkpoint
+        raise
     except (OSError, ValidationError) as error:
         told = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
-        raise _unusable(folder, f"{STATE_FILE} cannot be read ({told})") from None
-
-
-def _unusable(folder: Path, reason: str) -> RunError:
-    return RunError(
-        f"checkpoint {folder}: {reason}; choose another run.name, or remove the folder {folder.parent} to start this run over"
-    )
+        raise DamagedCheckpoint(f"checkpoint {folder}: {STATE_FILE} cannot be read ({told})") from None
+    written = hashlib.sha256(content).hexdigest()
+    with suppress(FileNotFoundError, ValidationError):  # a seal that is damaged is told before the rest is loaded
+        if _read_seal(folder, 0).get(STATE_FILE, written) != written:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {_altered(STATE_FILE)}")
+    return state
 
 
 def seal(folder: Path, rank: int) -> None:
     """Write down the checksums of the files that a rank wrote; before anybody else writes into this folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
-    (folder / _seal_name(rank)).write_text(json.dumps(sums, indent=1))
+    (folder / seal_name(rank)).write_text(json.dumps(sums, indent=1))
 
 
-def _seal_name(rank: int) -> str:
-    return f"checksums-{rank:05d}.json"
+def _read_seal(folder: Path, rank: int) -> dict[str, str]:
+    return TypeAdapter(dict[str, str]).validate_json(read_bytes(folder / seal_name(rank)))
+
+
+def _altered(name: str) -> str:
+    return f"{name} is damaged: it does not match its checksum"
 
 
 def _checksum(path: Path) -> str:
@@ -115,7 +122,7 @@ def _require_whole(folder: Path, num_writers: int) -> None:
     dist.all_gather_object(found, find_damage(folder, num_writers, dist.get_rank(), dist.get_world_size()))
     for damage in found:
         if damage is not None:
-            raise _unusable(folder, damage)
+            raise DamagedCheckpoint(f"checkpoint {folder}: {damage}")
 
 
 def find_damage(folder: Path, num_writers: int, part: int = 0, num_parts: int = 1) -> str | None:
@@ -123,16 +130,20 @@ def find_damage(folder: Path, num_writers: int, part: int = 0, num_parts: int = 
     sums: dict[str, str] = {}
     for rank in range(num_writers):
         try:
-            sums |= TypeAdapter(dict[str, str]).validate_json((folder / _seal_name(rank)).read_bytes())
+            sums |= _read_seal(folder, rank)
+        except PermissionError:
+            raise
         except (OSError, ValidationError):
-            return f"{_seal_name(rank)} is damaged or not there"
+            return f"{seal_name(rank)} is damaged or not there"
     pickles = {path.relative_to(folder).as_posix() for path in folder.rglob("*.pt")}
     if foreign := pickles - sums.keys():
         return f"{min(foreign)} was not written with it"
     for name in sorted(sums)[part::num_parts]:
         try:
             if _checksum(folder / name) != sums[name]:
-                return f"{name} is damaged: it does not match its checksum"
+                return _altered(name)
+        except PermissionError:
+            raise
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None

@@ -34,6 +34,7 @@ from caldpo_ray.sources import SourceFile, iterate, list_sources
 from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
 from caldpo_ray.tokenization import row_id, tokenise
 from caldpo_ray.user_code import what_happened
+from caldpo_ray.waiting import each_within
 
 VERSION = 3  # of what rows become: raised where the same files give other rows, or their cache another form
 ROWS_PER_PART = 1024
@@ -59,12 +60,19 @@ class RowCacheFacts:
 
 
 def build_rows(
-    source: str, data: DataSection, model: ModelSection, tokenizer: str, root: Path, min_responses: int
+    source: str,
+    data: DataSection,
+    model: ModelSection,
+    tokenizer: str,
+    root: Path,
+    min_responses: int,
+    wait_seconds: float,
 ) -> RowCacheFacts:
     """Rows of one source under `root`, made now or found there; `model` has the resolved path, `tokenizer` its digest.
 
     Rows with fewer than `min_responses` responses are bad rows. Raises InputError when nothing can be read, when no row is
-    usable, or when more than `data.max_bad_fraction` of the rows are bad (with the counts by reason).
+    usable, or when more than `data.max_bad_fraction` of the rows are bad (with the counts by reason), and RunError when no
+    rows come for `wait_seconds`.
     """
     if data.format != "auto":
         get_format(data.format)
@@ -72,7 +80,7 @@ def build_rows(
     folder = root / cache_key(files, data, tokenizer, min_responses)
     reused = (folder / "manifest.json").exists()
     if not reused:
-        _write_cache(files, data, model, folder, min_responses)
+        _write_cache(files, data, model, folder, min_responses, wait_seconds)
     manifest = read_manifest(folder)
     facts = RowCacheFacts(
         folder, manifest["num_rows"], manifest["num_bad"], manifest["num_truncated"], manifest["reasons"], reused
@@ -110,7 +118,12 @@ def read_quarantine(folder: Path) -> str:
 
 
 def _write_cache(
-    files: list[SourceFile], data: DataSection, model: ModelSection, folder: Path, min_responses: int
+    files: list[SourceFile],
+    data: DataSection,
+    model: ModelSection,
+    folder: Path,
+    min_responses: int,
+    wait_seconds: float,
 ) -> None:
     """Run the stage into a scratch folder, then publish it whole.
 
@@ -124,7 +137,7 @@ def _write_cache(
         reasons: Counter[str] = Counter()
         truncated = 0
         with (scratch / "quarantine.jsonl").open("w") as quarantine:
-            for result in _execute(files, data, model, scratch, min_responses):
+            for result in _execute(files, data, model, scratch, min_responses, wait_seconds):
                 if result["part"]:
                     parts.append(Part(**result["part"]))
                 truncated += result["num_truncated"]
@@ -152,7 +165,12 @@ def _counted_as(reason: str, reasons: Counter[str]) -> str:
 
 
 def _execute(
-    files: list[SourceFile], data: DataSection, model: ModelSection, folder: Path, min_responses: int
+    files: list[SourceFile],
+    data: DataSection,
+    model: ModelSection,
+    folder: Path,
+    min_responses: int,
+    wait_seconds: float,
 ) -> Iterator[dict[str, Any]]:
     """One Ray Data execution: files in, parts on disk, one small report per part out."""
     import ray.data
@@ -177,7 +195,8 @@ def _execute(
             )
         )
     try:
-        for batch in reports.iter_batches(batch_size=None, batch_format="numpy"):
+        batches = reports.iter_batches(batch_size=None, batch_format="numpy")
+        for batch in each_within(batches, "rows from the tasks that read and tokenise", wait_seconds):
             for report in map(json.loads, batch["report"]):
                 raise_told(report["error"])
                 yield report

@@ -41,11 +41,15 @@ class Diverged(RunError):
     """The run went where going on is no use: a loss that is not finite, or a rule of `sweep.stop`. The message names it."""
 
 
+class DamagedCheckpoint(RunError):
+    """The checkpoint to go on from is not as it was written. The run takes the one before, where there is one."""
+
+
 class OutOfMemory(RuntimeError):
     """A micro-batch did not fit into memory. The next group of workers cuts smaller ones, and no restart is counted for it."""
 
 
-KINDS = (NotReady, InputError, Diverged, RunError)  # the more special first
+KINDS = (NotReady, InputError, Diverged, DamagedCheckpoint, RunError)  # the more special first
 
 
 def find_error(error: BaseException | None) -> InputError | RunError | None:

@@ -39,6 +39,7 @@ from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
 from caldpo_ray.storage import local_copy, open_path, probe_write, reaching, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
+from caldpo_ray.waiting import wait_for
 from caldpo_ray.world import is_world
 from caldpo_ray.yaml_text import write_yaml
 
@@ -84,8 +85,11 @@ def evaluate(
     source, folder, numbers = _held_out(subject, policy)
     on_world = any(is_world(Path(name).parent) for name in (source, config.data.train))
     sampling = _start_sampling(policy, frozen, num_samples, config.run.seed) if on_world else None
-    logps = _score(_job(config, policy, config.model.dtype, None), folder, numbers, "policy")
-    frozen_logps = None if frozen is None else _score(_reference_job(subject, frozen), folder, numbers, "reference")
+    wait_seconds = config.train.wait_timeout_seconds
+    logps = _score(_job(config, policy, config.model.dtype, None), folder, numbers, "policy", wait_seconds)
+    frozen_logps = None
+    if frozen is not None:
+        frozen_logps = _score(_reference_job(subject, frozen), folder, numbers, "reference", wait_seconds)
     held_out = HeldOut(RowCache([folder]), numbers, logps, frozen_logps)
     found, findings = _describe_rows(subject, objective, held_out)
     result: dict[str, Any] = {
@@ -94,7 +98,7 @@ def evaluate(
         "objective": {"name": objective.name, **objective.parameters} if objective else None,
         "data": source,
         **found,
-        **({} if sampling is None else _collect(sampling)),
+        **({} if sampling is None else _collect(sampling, wait_seconds)),
     }
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
@@ -265,7 +269,8 @@ def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indice
     source = held_out if isinstance(held_out, str) else config.data.train
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     least = subject.parameters.min_responses if subject.parameters else 2
-    facts = build_rows(source, config.data, model, policy.tokenizer, subject.cache / "rows", least)
+    wait_seconds = config.train.wait_timeout_seconds
+    facts = build_rows(source, config.data, model, policy.tokenizer, subject.cache / "rows", least, wait_seconds)
     rows = RowCache([facts.folder])
     numbers = np.arange(len(rows)) if isinstance(held_out, str) else split_rows(rows, held_out)[1]
     if not len(numbers):
@@ -341,12 +346,12 @@ def _reference_job(subject: Subject, frozen: ResolvedModel) -> ReferenceJob:
     return _job(config, frozen, dtype, store)
 
 
-def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str) -> Floats:
+def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str, wait_seconds: float) -> Floats:
     """Log-probs [responses of the whole row cache] in nats; NaN for rows not asked for."""
     distinct = distinct_responses(RowCache([folder]).digests())
     known, progress = np.full(len(distinct.digests), np.nan, np.float32), ReferenceProgress()
     with _our_errors(f"scoring by the {role}"):
-        for answered, logps in reference_logps_for_driver(job, [folder], numbers, progress):
+        for answered, logps in reference_logps_for_driver(job, [folder], numbers, progress, wait_seconds):
             known[answered] = logps
     say(f"{role}: {progress.joined} log-probs known, {progress.scored} scored")
     return known[distinct.of_response]
@@ -386,7 +391,10 @@ def _generation_job(
         for role, model in (("policy", policy), ("reference", frozen))
         if model is not None
     }
-    return GenerationJob(speakers, config.reference, asked.max_new_tokens, asked.temperature, config.run.seed)
+    wait_seconds = config.train.wait_timeout_seconds
+    return GenerationJob(
+        speakers, config.reference, asked.max_new_tokens, asked.temperature, config.run.seed, wait_seconds
+    )
 
 
 # -- the world -----------------------------------------------------------------------------------------------------
@@ -407,8 +415,7 @@ def _sample(policy: str, reference: str | None, num_samples: int, seed: int) -> 
     return sample_world(policy, reference, num_samples=num_samples, seed=seed)
 
 
-def _collect(sampling: Any) -> dict[str, float]:
-    import ray
-
+def _collect(sampling: Any, wait_seconds: float) -> dict[str, float]:
     with _our_errors("sampling the world"):
-        return {f"world/{name}": value for name, value in ray.get(sampling).items()}
+        found = wait_for(sampling, "a task that samples the world", wait_seconds)
+    return {f"world/{name}": value for name, value in found.items()}

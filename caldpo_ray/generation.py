@@ -27,6 +27,7 @@ from caldpo_ray.reference import actor_pool
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Row, Tokens
 from caldpo_ray.storage import read_bytes, write_atomically
+from caldpo_ray.waiting import each_within
 
 FILE = "generations.jsonl"
 PROMPTS_PER_REQUEST = 32
@@ -71,6 +72,8 @@ class GenerationJob:
     max_new_tokens: int
     temperature: float
     seed: int
+    wait_seconds: float
+    """For the next responses."""
 
     def keys(self, row: Row) -> dict[str, str]:
         """By role, the digest of all that decides the response to a row's prompt."""
@@ -258,7 +261,7 @@ def _generate(job: GenerationJob, folder: str, missing: Mapping[str, Sequence[in
 
     task = ray.remote(_answers).options(num_cpus=0, num_returns="streaming", max_retries=0)
     try:
-        for answers in task.remote(job, folder, missing):
+        for answers in each_within(task.remote(job, folder, missing), "generated responses", job.wait_seconds):
             yield from ray.get(answers)
     except Exception as error:
         raise find_error(error) or RunError(f"generating stopped: {last_line(error)}") from error

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
-from caldpo_ray.errors import InputError, NotReady, RunError, find_error, last_line
+from caldpo_ray.errors import DamagedCheckpoint, InputError, NotReady, RunError, find_error, last_line
 from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, Progress, count_split, schedules
 from caldpo_ray.imports import large_imports
@@ -41,7 +42,6 @@ from caldpo_ray.storage import (
     make_folder,
     open_path,
     ray_train_storage,
-    read_json,
     write_atomically,
 )
 from caldpo_ray.store import ReferenceStore, store_key
@@ -164,10 +164,9 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
+    least, wait_seconds = min_responses or objective.min_responses, config.train.wait_timeout_seconds
     facts = [
-        build_rows(
-            source, config.data, model, policy.tokenizer, cache / "rows", min_responses or objective.min_responses
-        )
+        build_rows(source, config.data, model, policy.tokenizer, cache / "rows", least, wait_seconds)
         for source in sources
     ]
     make_folder(run.path)
@@ -189,7 +188,7 @@ def _count_rows(config: Config, facts: list[RowCacheFacts]) -> tuple[int, int]:
     import ray
 
     task = ray.remote(count_split).options(num_cpus=READ_CPUS, label_selector=config.data.label_selector)
-    num_train, num_eval = _get(
+    num_train, num_eval = get(
         task.remote(facts[0].folder, config.data.eval), "a task that counts held-out rows", config
     )
     if not num_train:
@@ -241,7 +240,7 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
         return recalled
     task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
     answer = task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights)
-    return _get(answer, f"a task that looks at model {name}", config)  # type: ignore[no-any-return]
+    return get(answer, f"a task that looks at model {name}", config)  # type: ignore[no-any-return]
 
 
 def _resolve_reference(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ResolvedModel:
@@ -276,7 +275,21 @@ def fit(
     """Feed, reference pool and policy workers, until the last step is exported.
 
     `watch(feed, metrics, number of steps)` is entered meanwhile and shows how things go; `controller` as PolicyTrainer takes it.
+    Where a checkpoint is damaged, the one before is used: from there on everything is done again.
     """
+    run = prepared.run
+    run.require_held()
+    if mended := mend_list(run.checkpoints, run.metrics):
+        say(mended)
+    while True:
+        try:
+            return _fit(prepared, watch, controller)
+        except DamagedCheckpoint as error:
+            run.require_held()
+            say(leave_out_newest(run.checkpoints, str(error)))
+
+
+def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextManager[Any]], controller: Any) -> None:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
@@ -290,12 +303,12 @@ def fit(
     feed = (
         ray.remote(Feed)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(config, prepared.folders, prepared.job, _newest_step(run), prepared.num_report > 0)
+        .remote(config, prepared.folders, prepared.job, newest_step(run.checkpoints), prepared.num_report > 0)
     )
     feed.start.remote()
     if not side_by_side:
         say("the cluster has no room for policy and reference at once: the reference fills its store first")
-        _get(feed.reference_complete.remote(), "reference log-probs", config, news=lambda: _progress(feed).reference)
+        get(feed.reference_complete.remote(), "reference log-probs", config, news=lambda: _progress(feed).reference)
     ranked = {}
     if prepared.num_eval:
         ranked = {
@@ -342,19 +355,6 @@ def _why_stopped(error: Exception, progress: Progress, config: Config) -> Except
     return find_error(error) or RunError(f"training stopped: {last_line(error)}")
 
 
-def _newest_step(run: RunDir) -> int:
-    """The step of the newest checkpoint that Ray Train has committed; 0 without one."""
-    snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
-    if not snapshot.exists():
-        return 0
-    way_out = f"put it back, or choose another run.name, or remove the folder {snapshot.parent} to start this run over"
-    names = [
-        found["checkpoint_dir_name"]
-        for found in read_json(snapshot, way_out, "checkpoint_results")["checkpoint_results"]
-    ]
-    return max((int(name.removeprefix("step-")) for name in names), default=0)
-
-
 def train_loop(settings: dict[str, Any]) -> None:
     """What a worker runs; imported there, so that the driver needs no transformers."""
     with large_imports():
@@ -363,7 +363,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     train_loop_per_worker(settings)
 
 
-def _get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
+def get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
+    """`wait_for` as long as the config says, and what a task failed with as our own error."""
     try:
         return wait_for(reference, what, config.train.wait_timeout_seconds, news)
     except Exception as error:

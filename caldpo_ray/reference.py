@@ -17,10 +17,11 @@ from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
 from caldpo_ray.imports import large_imports
-from caldpo_ray.progress import quiet_data_context, this_place
+from caldpo_ray.progress import quiet_data_context, say, this_place
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
 from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
+from caldpo_ray.waiting import each_within
 
 ROWS_PER_REQUEST = 64
 FLUSH_RESPONSES, FLUSH_SECONDS = 4096, 30.0
@@ -124,6 +125,8 @@ class ReferenceProgress:
     """Scoring, summed over the actors."""
     idle_seconds: float = 0.0
     """Between two requests, summed over the actors."""
+    damaged: list[str] = field(default_factory=list)
+    """What is wrong with parts of the store that were left out."""
 
     def describe(self) -> str:
         """One clause; with the speed and the idle share of the actors once there were any."""
@@ -176,7 +179,10 @@ def reference_logps(
     distinct = distinct_responses(rows.digests())
     known = np.full(len(distinct.digests), np.nan, np.float32)
     if job.store is not None:
-        known = join(distinct.digests, *job.store.load())
+        known = join(distinct.digests, *job.store.load(progress.damaged.append))
+    if feed is not None:
+        for told in progress.damaged:
+            feed.note.remote(told)
     wanted = distinct.of_response[rows.responses_of(order)]
     progress.wanted = len(np.unique(wanted))
     hit = np.unique(wanted[~np.isnan(known[wanted])])
@@ -205,14 +211,19 @@ def reference_logps(
 
 
 def reference_logps_for_driver(
-    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress
+    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress, wait_seconds: float
 ) -> Iterator[tuple[Indices, Floats]]:
-    """The same from a task. Where Ray Data runs in the driver, Ray reports each restartable actor as an error on its stderr."""
+    """The same from a task. Where Ray Data runs in the driver, Ray reports each restartable actor as an error on its stderr.
+
+    Raises RunError where nothing comes for `wait_seconds`.
+    """
     import ray
 
     task = ray.remote(_reference_logps_and_progress).options(num_cpus=0, num_returns="streaming", max_retries=0)
-    for answer in task.remote(job, folders, order):
+    for answer in each_within(task.remote(job, folders, order), "log-probs of the model that scores", wait_seconds):
         numbers, logps, now = ray.get(answer)
+        for told in now.damaged[len(progress.damaged) :]:
+            say(told)
         vars(progress).update(vars(now))
         if len(numbers):
             yield numbers, logps

@@ -25,7 +25,8 @@ def build_reference(config: Config, verbose: bool = False) -> None:
     progress = ReferenceProgress()
     order = np.arange(prepared.num_train + prepared.num_eval)
     said = time.monotonic()
-    for _ in _translated(reference_logps_for_driver(prepared.job, prepared.folders, order, progress)):
+    wait_seconds = config.train.wait_timeout_seconds
+    for _ in _translated(reference_logps_for_driver(prepared.job, prepared.folders, order, progress, wait_seconds)):
         if time.monotonic() - said >= PLAIN_SECONDS:
             say(progress.describe())
             said = time.monotonic()
@@ -49,7 +50,9 @@ def verify_reference(config: Config, count: int, verbose: bool = False) -> None:
     places = np.unique(np.searchsorted(rows.first_response, distinct.first[chosen], side="right") - 1)
     off, compared, lengths = 0.0, 0, rows.response_lengths()
     for numbers, logps in _translated(
-        reference_logps_for_driver(replace(job, store=None), prepared.folders, places, ReferenceProgress())
+        reference_logps_for_driver(
+            replace(job, store=None), prepared.folders, places, ReferenceProgress(), config.train.wait_timeout_seconds
+        )
     ):
         both = ~np.isnan(stored[numbers])
         compared += int(both.sum())

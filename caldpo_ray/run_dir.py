@@ -43,6 +43,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def quarantine(self) -> Path:
         return self.path / "quarantine.jsonl"
 

@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 
@@ -26,6 +27,8 @@ COMPLETE = "_SUCCESS"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EXTRAS = {"s3": "caldpo-ray[s3]", "s3a": "caldpo-ray[s3]", "gs": "caldpo-ray[gcs]", "gcs": "caldpo-ray[gcs]"}
 SILENCE_SECONDS = 60  # of a web server, which may be busy
+DOWNLOAD_SECONDS = 600  # without a byte more, of another process for which this one waits
+LOCK_POLL_SECONDS = 0.1
 # Of S3: what it refuses because it is busy or away is asked for again for about a minute, each time after twice as long.
 PATIENCE = {"config_kwargs": {"retries": {"max_attempts": 7}}}
 # What file systems call that which changes with a file's content, the surest first.
@@ -208,7 +211,7 @@ def publishing(target: Path) -> Iterator[Path]:
             yield scratch
             _upload(scratch, target)
         return
-    scratch = target.with_name(f".{target.name}.unfinished")
+    scratch = _unfinished(target)
     shutil.rmtree(scratch, ignore_errors=True)
     yield scratch
     _give_usual_modes(scratch)
@@ -219,6 +222,10 @@ def publishing(target: Path) -> Iterator[Path]:
         return
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
+
+
+def _unfinished(target: Path) -> Path:
+    return target.with_name(f".{target.name}.unfinished")
 
 
 def _give_usual_modes(folder: Path) -> None:
@@ -284,7 +291,7 @@ def local_copy(folder: Path) -> Path:
         raise NotReady(f"{home}: belongs to somebody else; delete it, or set TMPDIR to another folder on this node")
     copy = home / hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()[:16]
     with copy.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait
+        _lock(lock, folder, _unfinished(copy))  # one process downloads, the others wait
         if not copy.exists():
             filesystem, name = _filesystem(folder)
             with served(folder), publishing(copy) as scratch:
@@ -292,6 +299,25 @@ def local_copy(folder: Path) -> Path:
                 files = [file for file, _, _ in facts]
                 filesystem.get([f"{name}/{file}" for file in files], [str(scratch / file) for file in files])
     return copy
+
+
+def _lock(lock: TextIO, folder: Path, download: Path) -> None:
+    """Wait for the process that has the lock as long as its download grows. Raises NotReady when it stands still."""
+    size, since = -1, time.monotonic()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            now = sum(file.stat().st_size for file in download.glob("*")) if download.exists() else 0
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > DOWNLOAD_SECONDS:
+            raise NotReady(
+                f"{folder}: another process of this node has {lock.name} and downloads nothing for {DOWNLOAD_SECONDS} s; end it"
+                " (`fuser` names it), and start again"
+            )
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 def local_name(name: str) -> str:

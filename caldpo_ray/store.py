@@ -7,7 +7,7 @@ invalidates it, and nothing is ever joined by position. Several writers append a
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +64,20 @@ class ReferenceStore:
             ) from None
         return cls(folder)
 
-    def load(self) -> tuple[Digests, Floats]:
+    def load(self, tell: Callable[[str], Any] | None = None) -> tuple[Digests, Floats]:
         """(digests sorted [n], log-probs [n]); every part is checked against its checksum.
 
-        Raises NotReady naming a part that is damaged or cannot be read.
+        A part that is damaged or cannot be read is left out, as if its entries had never been scored, and `tell` gets what is
+        wrong with it. Raises NotReady naming it where nobody is to be told.
         """
-        tables = [_read_part(path) for path in sorted(self.folder.glob("part-*.parquet"))]
+        tables = []
+        for path in sorted(self.folder.glob("part-*.parquet")):
+            try:
+                tables.append(_read_part(path))
+            except NotReady as error:
+                if tell is None:
+                    raise
+                tell(f"{error}. It is left out")
         if not tables:
             return np.empty(0, "V16"), np.empty(0, np.float32)
         table = pa.concat_tables(tables).combine_chunks()
@@ -107,7 +115,7 @@ class ReferenceStore:
             ) from None
 
     def seconds_per_response(self) -> float | None:
-        """What a log-prob in it cost one actor to score, on average; None where no part says."""
+        """What a log-prob in it cost one actor to score, on average; None where no part says. Damaged parts say nothing."""
         costs = [cost for path in self.folder.glob("part-*.parquet") if (cost := _cost(path)) is not None]
         return sum(seconds for seconds, _ in costs) / sum(entries for _, entries in costs) if costs else None
 
@@ -219,8 +227,11 @@ def _num_entries(part: Path) -> int:
 
 def _cost(part: Path) -> tuple[float, int] | None:
     """(seconds of scoring, entries), where the part says so."""
-    with _readable(part), part.open("rb") as file:
-        facts = pq.read_metadata(file)
+    try:
+        with _readable(part), part.open("rb") as file:
+            facts = pq.read_metadata(file)
+    except NotReady:
+        return None
     told = (facts.metadata or {}).get(SECONDS)
     return None if told is None else (float(told), int(facts.num_rows))
 

@@ -30,6 +30,7 @@ from caldpo_ray.search_space import Contestant
 from caldpo_ray.storage import is_remote, remove_tree
 from caldpo_ray.sweep_dir import SweepDir, Trial
 from caldpo_ray.trainer import start_controller
+from caldpo_ray.waiting import FEED_SECONDS, wait_for
 
 POLL_SECONDS = 0.5
 END_SECONDS = 60.0  # for a training to end by itself; workers that wait for resources cannot
@@ -106,12 +107,10 @@ class Evaluations:
 
     def end(self, reason: str) -> None:
         """Workers stop before their next step, by themselves: nothing is killed, and all that they held is free."""
-        import ray
-
         self.ended = reason
         if self._feed is not None:
             with suppress(RayError):  # it went with the training
-                ray.get(self._feed.fail.remote(Diverged.__name__, reason))
+                wait_for(self._feed.fail.remote(Diverged.__name__, reason), "the feed", FEED_SECONDS)
 
     def _follow(self) -> None:
         told = 0

@@ -20,7 +20,7 @@ from caldpo_ray.data import READ_CPUS
 from caldpo_ray.errors import InputError, find_error
 from caldpo_ray.feed import count_halves, schedules, split_rows
 from caldpo_ray.objective_parameters import parse_objective
-from caldpo_ray.pipeline import Prepared, connect, prepare
+from caldpo_ray.pipeline import Prepared, connect, get, prepare
 from caldpo_ray.placement import live_nodes, require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
@@ -158,15 +158,22 @@ def _prepare_once(plan: Plan, home: SweepDir) -> Prepared:
     objectives = [each.objective for each in plan.contestants.values()]
     config = plan.config.model_copy(update={"objective": max(objectives, key=lambda each: each.needs_reference)})
     prepared = prepare(config, RunDir(home.path), min_responses=max(each.min_responses for each in objectives))
-    num_eval, num_report = _get(_task(plan, count_halves).remote(prepared.folders, config.data.eval))
+    halves = _task(plan, count_halves).remote(prepared.folders, config.data.eval)
+    num_eval, num_report = get(halves, "a task that halves the held-out rows", config)
     if not num_eval or not num_report:
         raise InputError(
             f"data.eval = {config.data.eval}: {num_eval + num_report} held-out rows are too few to choose by one half and report"
             " on the other; hold out more"
         )
     say(f"held-out rows: {num_eval} to choose by, {num_report} to report on")
-    halves = {"num_eval": num_eval, "num_report": num_report}
-    prepared = replace(prepared, config=plan.config, sweep=config.run.name, side_by_side=True, **halves)
+    prepared = replace(
+        prepared,
+        config=plan.config,
+        sweep=config.run.name,
+        side_by_side=True,
+        num_eval=num_eval,
+        num_report=num_report,
+    )
     _score_once(plan, home, prepared)
     return prepared
 
@@ -179,11 +186,13 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
     if job.store is None:
         raise InputError("reference.store = null: a sweep scores the reference once and keeps it there; name a folder")
     require_placeable(prepared.config, True, needs_data=False)
-    order, joined = _get(_task(plan, _rows_to_score).remote(prepared.config, prepared.folders, plan.seeds, job.store))
+    counting = _task(plan, _rows_to_score).remote(prepared.config, prepared.folders, plan.seeds, job.store)
+    order, joined = get(counting, "a task that counts the rows to score", prepared.config)
     say(f"reference: {len(order)} rows, {joined} of them known")
     progress, said = ReferenceProgress(), time.monotonic()
     try:
-        for _ in reference_logps_for_driver(job, prepared.folders, order, progress):
+        wait_seconds = plan.config.train.wait_timeout_seconds
+        for _ in reference_logps_for_driver(job, prepared.folders, order, progress, wait_seconds):
             if time.monotonic() - said >= PLAIN_SECONDS:
                 said = time.monotonic()
                 say(f"reference: {progress.scored} of {progress.wanted - progress.joined} responses scored")
@@ -215,7 +224,7 @@ def _rows_to_score(
         run = config.run.model_copy(update={"seed": seed})
         schedule = schedules(config.model_copy(update={"run": run}), len(train), 0)["train"]
         needed[train[schedule.order(0)[: schedule.rows_consumed(schedule.num_steps)]]] = True
-    unknown = np.isnan(join(rows.digests(), *store.load()))
+    unknown = np.isnan(join(rows.digests(), *store.load(lambda told: None)))  # whoever scores tells it
     whole = np.add.reduceat(unknown, rows.first_response[:-1]) == 0
     return np.flatnonzero(needed), int((whole & needed).sum())
 
@@ -225,12 +234,3 @@ def _task(plan: Plan, function: Callable[..., Any]) -> Any:
     import ray
 
     return ray.remote(function).options(num_cpus=READ_CPUS, label_selector=plan.config.data.label_selector)
-
-
-def _get(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except Exception as error:
-        raise find_error(error) or error from None

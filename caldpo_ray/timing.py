@@ -23,6 +23,7 @@ from caldpo_ray.placement import Bundle, bundles
 from caldpo_ray.reference import reference_model
 from caldpo_ray.schema import Row
 from caldpo_ray.storage import open_path
+from caldpo_ray.waiting import wait_for
 
 SECONDS = 10.0  # of each trial, after its first micro-batch
 
@@ -99,7 +100,7 @@ def measure(config: Config, rows: list[Row]) -> tuple[Speed, Speed | None]:
         config.model, config.model.dtype, rows, True, settings.micro_batch_tokens, cores, workers[0].resources["GPU"],
         config.run.seed,
     )  # fmt: skip
-    policy = _run(job, workers[0])
+    policy = _run(job, workers[0], settings.wait_timeout_seconds)
     if not actors:
         return policy, None
     name, revision = config.model.name_or_path, config.model.revision
@@ -109,10 +110,10 @@ def measure(config: Config, rows: list[Row]) -> tuple[Speed, Speed | None]:
         reference_model(config.model, reference, name, revision), reference.dtype or config.model.dtype, rows, False,
         reference.batch_tokens, max(1, int(reference.num_cpus_per_actor)), reference.num_gpus_per_actor, config.run.seed,
     )  # fmt: skip
-    return policy, _run(job, actors[0])
+    return policy, _run(job, actors[0], settings.wait_timeout_seconds)
 
 
-def _run(job: TrialJob, bundle: Bundle) -> Speed:
+def _run(job: TrialJob, bundle: Bundle, wait_seconds: float) -> Speed:
     import ray
 
     task = ray.remote(_try).options(
@@ -122,7 +123,7 @@ def _run(job: TrialJob, bundle: Bundle) -> Speed:
         max_retries=0,
     )
     try:
-        speed: Speed = ray.get(task.remote(job))
+        speed: Speed = wait_for(task.remote(job), f"a {bundle.role} that is measured", wait_seconds)
     except Exception as error:
         raise find_error(error) or RunError(f"measuring a {bundle.role} stopped: {last_line(error)}") from error
     return speed

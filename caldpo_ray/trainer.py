@@ -36,11 +36,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from caldpo_ray.allocator import keep_freed_memory
 from caldpo_ray.errors import OutOfMemory
 from caldpo_ray.imports import large_imports
+from caldpo_ray.waiting import wait_for
 
 # The rows come from the feed. The cleaner of placement groups finds "the" cluster by itself and, with two on one host, removes
 # the group of a living run; our controller dies only with its driver, and Ray then frees the group.
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 SHUTDOWN_SECONDS = 30
+JOIN_TIMES = 2  # imports come first, and torch itself gives up waiting for others after once the time
 CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
 
 
@@ -180,11 +182,13 @@ class _ProcessGroupBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        address, port = worker_group.execute_single(0, _free_address)
+        found = worker_group.execute_single_async(0, _free_address)
+        address, port = wait_for(found, "the first policy worker", backend_config.wait_seconds)
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         size = len(worker_group)
         where = address, port, backend, backend_config.wait_seconds
-        ray.get([worker_group.execute_single_async(rank, _join, *where) for rank in range(size)])
+        joining = [worker_group.execute_single_async(rank, _join, *where) for rank in range(size)]
+        wait_for(joining, "policy workers to find each other", JOIN_TIMES * backend_config.wait_seconds)
 
     def on_shutdown(self, worker_group: Any, backend_config: ProcessGroup) -> None:
         ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=SHUTDOWN_SECONDS)

@@ -148,7 +148,7 @@ class PolicyWorker:
         if self.checkpoint is None:
             return None
         # Not from `as_directory`, which would download all of a remote checkpoint for it.
-        state = checkpoint.read_state(self.run.path / "checkpoints" / Path(self.checkpoint.path).name)
+        state = checkpoint.read_state(self.run.checkpoints / Path(self.checkpoint.path).name)
         identity, reference_key = self.settings["identity"], self.settings["reference_key"]
         checkpoint.require_same_run(state, identity, reference_key, self.rows_digest, self.run.path)
         return state

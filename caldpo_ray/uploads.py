@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from safetensors import SafetensorError
 
@@ -44,7 +45,7 @@ class Uploads:
 
         What is on its way for longer than `wait_seconds` raises RunError in whoever waits for it.
         """
-        self._run, self._checkpoints, self._rank, self._tell = run, run.path / "checkpoints", rank, tell
+        self._run, self._checkpoints, self._rank, self._tell = run, run.checkpoints, rank, tell
         self._wait_seconds = wait_seconds
         self._scratch = scratch_prefix(run.path, rank)
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a worker of this rank that was killed
@@ -67,6 +68,7 @@ class Uploads:
             # A kill may have left a part of it there, written by another number of workers.
             with suppress(FileNotFoundError):
                 remove_tree(self._checkpoints / name)
+        dist.barrier()  # this wait for the others has an end; that in Ray Train's report has none
         ray.train.report(
             {"step": state.step, **scores},
             checkpoint=Checkpoint.from_directory(folder),

@@ -7,11 +7,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from caldpo_ray.errors import RunError
 
+Item = TypeVar("Item")
 FEED_SECONDS = 60.0  # for an answer that takes the feed no time
 POLL_SECONDS = 2.0
 DUMPED_AT = 0.8  # of the time that others wait for a rank: its stacks are there when they give up
@@ -42,6 +45,41 @@ def overdue(what: str, seconds: float) -> RunError:
         f"waited {seconds:.0f} s for {what}, and nothing came; the same command goes on from the last checkpoint, and"
         " train.wait_timeout_seconds is how long the run is to wait"
     )
+
+
+def each_within(items: Iterable[Item], what: str, seconds: float) -> Iterator[Item]:
+    """The same items, one asked for at a time; in a thread of its own, which may wait where nothing can interrupt it.
+
+    Raises what they raise, and RunError naming `what` where the next one does not come within so many seconds.
+    """
+    asked: SimpleQueue[bool] = SimpleQueue()
+    found: SimpleQueue[tuple[list[Item], BaseException | None]] = SimpleQueue()
+    threading.Thread(target=_hand_over, args=(items, asked, found), name="each_within", daemon=True).start()
+    try:
+        while True:
+            asked.put(True)
+            try:
+                some, error = found.get(timeout=seconds)
+            except Empty:
+                raise overdue(what, seconds) from None
+            if error is not None:
+                raise error
+            if not some:
+                return
+            yield some[0]
+    finally:
+        asked.put(False)
+
+
+def _hand_over(items: Iterable[Item], asked: "SimpleQueue[bool]", found: "SimpleQueue[Any]") -> None:
+    """One item, or none after the last, each time that somebody asks."""
+    coming = None
+    try:
+        while asked.get():
+            coming = iter(items) if coming is None else coming
+            found.put((list(islice(coming, 1)), None))
+    except BaseException as error:  # whoever asked raises it
+        found.put(([], error))
 
 
 class Watchdog:

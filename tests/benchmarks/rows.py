@@ -140,7 +140,7 @@ def settings(folder: Path, num_rows: int, *overrides: str) -> Config:
 def rows_of(folder: Path, num_rows: int) -> data.RowCacheFacts:
     """Made by the data stage, once."""
     config = settings(folder, num_rows)
-    return data.build_rows(config.data.train, config.data, config.model, "digest", folder / "rows", 2)
+    return data.build_rows(config.data.train, config.data, config.model, "digest", folder / "rows", 2, 3600.0)
 
 
 def start_ray() -> None:

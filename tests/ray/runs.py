@@ -15,8 +15,8 @@ import yaml
 from safetensors.numpy import load_file
 
 import caldpo_ray
+from caldpo_ray.checkpoint_list import newest_step
 from caldpo_ray.errors import NotReady
-from caldpo_ray.pipeline import _newest_step
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import local_copy, open_path, read_bytes
 from tests.conftest import wait_until
@@ -102,7 +102,7 @@ class LiveRun(Run):
     def newest_checkpoint(self) -> int:
         """The step that a resumed run goes on from, as Ray Train has it in its list."""
         with suppress(NotReady):  # Ray Train is writing it
-            return _newest_step(RunDir(self.path))
+            return newest_step(RunDir(self.path).checkpoints)
         return 0
 
     def finish(self, expect: int = 0, seconds: float = 400.0) -> str:

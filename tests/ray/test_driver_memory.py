@@ -21,7 +21,7 @@ def peak_bytes(world: Path, folder: Path, num_rows: int) -> int:
     gc.collect()
     tracemalloc.start()
     model = ModelSection(name_or_path=str(world / "model"))
-    facts = build_rows(str(file), DataSection(train=str(file)), model, "digest", folder / "rows", 2)
+    facts = build_rows(str(file), DataSection(train=str(file)), model, "digest", folder / "rows", 2, 600.0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert facts.num_rows == num_rows

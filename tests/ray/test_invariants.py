@@ -81,16 +81,27 @@ def test_workers_accumulation_and_stage(baseline_config: Path, baseline: RunDir,
     assert_close(train(baseline_config, name, *execution), baseline, 2e-3)
 
 
-def test_a_killed_driver_resumes_with_another_number_of_workers(baseline_config: Path, baseline: RunDir) -> None:
-    """At the same ZeRO stage; the other combinations are in `tests/unit/test_resharding.py`."""
+def test_a_killed_driver_resumes_with_another_number_of_workers(
+    baseline_config: Path, baseline: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the same ZeRO stage; the other combinations are in `tests/unit/test_resharding.py`.
+
+    And from the checkpoint before the newest one, of which a file is cut off.
+    """
     overrides = ("train.deepspeed.zero_stage=3", "train.save_every=6")
     killed = start(baseline_config, "elastic", "train.num_workers=2", *overrides)
     killed.wait_for_checkpoint(12)
     kill(killed.process.pid)
     assert killed.process.wait() == -signal.SIGKILL
-    before = killed.lines()
+    before, newest = killed.lines(), killed.newest_checkpoint()
+    shard = next((killed.path / "checkpoints" / f"step-{newest:08d}").rglob("*optim_states.pt"))
+    shard.write_bytes(shard.read_bytes()[:-1])
     resumed = train(baseline_config, "elastic", "train.num_workers=1", *overrides)
-    assert resumed.last_step_kept(before) >= 12, "resumed from a checkpoint, of which there was one every 6 steps"
+    assert (
+        f"{shard.name} is damaged: it does not match its checksum; the run goes on from step-"
+        in capsys.readouterr().out
+    )
+    assert 6 <= resumed.last_step_kept(before) < newest, "of which there was one every 6 steps"
     assert_close(resumed, baseline, 2e-3)
 
 

@@ -1,6 +1,7 @@
 """The spine, for real: world, data, reference actors, feed, two DeepSpeed workers, kill -9 of one, identical resume."""
 
 import json
+import random
 import re
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from caldpo_ray.uploads import scratch_prefix
+from tests.chaos.kills import Blow, disturb
 from tests.conftest import wait_until
 from tests.ray.runs import Run, assert_same, kill, pids, start, train, write_config
 
@@ -43,6 +45,18 @@ def test_a_killed_policy_worker_changes_nothing(config: Path, undisturbed: Run) 
     steps = [line["step"] for line in run.lines() if line["split"] == "train"]
     assert steps == list(range(1, 27)), "2 epochs of ceil(400 / 32) steps, each once"
     assert_same(run, undisturbed)
+
+
+def test_seeded_kills_change_nothing(config: Path, undisturbed: Run) -> None:
+    """The short form of `make chaos`: one of each that the run replaces without help, in the middle of what they do."""
+    blows = [
+        Blow("reference actor", "any", 0, 0.5, None),
+        Blow("feed", "step", 3, 0.0, None),
+        Blow("policy worker", "checkpoint", 0, 0.0, None),
+    ]
+    done, wrong = disturb(config, "chaos", ["reference.store=null"], blows, undisturbed, random.Random(1))
+    assert not wrong, "\n".join(wrong)
+    assert [each.kind for each in done] == [blow.kind for blow in blows]
 
 
 def on_the_way(run: Run) -> list[Path]:

@@ -58,6 +58,9 @@ def test_the_store_is_built_listed_verified_and_removed(config: Path, capsys: py
     part = next(Path(store).glob(f"{key}/part-*"))
     part.write_bytes(part.read_bytes()[:-4] + b"oops")
     assert "does not match its checksum" in run(capsys, "reference", "verify", str(config), code=2)
+    rebuilt = run(capsys, "reference", "build", str(config))
+    assert f"{part.name}: its content does not match" in rebuilt and "It is left out" in rebuilt
+    assert ", 0 scored of" not in rebuilt, "what was in it is scored again"
     assert f"removed {key}" in run(capsys, "reference", "remove", key, "--store", store)
     assert "no reference in" in run(capsys, "reference", "list", "--store", store)
 

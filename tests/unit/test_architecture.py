@@ -62,6 +62,7 @@ LAYERS = [
         "scoring",
         "footprint",
         "checkpoint",
+        "checkpoint_list",
         "resharding",
         "run_dir",
         "sweep_dir",

@@ -1,6 +1,8 @@
 """What can be said of a checkpoint without an engine; `test_resharding` and the Ray tests load whole ones."""
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from caldpo_ray import checkpoint
-from caldpo_ray.errors import RunError
+from caldpo_ray.errors import DamagedCheckpoint
 from caldpo_ray.uploads import move_files
 
 MODEL = f"{checkpoint.TAG}/mp_rank_00_model_states.pt"
@@ -69,6 +71,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     ),
     "one more": (SHARD, unlisted, "optim_states.pt was not written with it"),
     "position": (checkpoint.STATE_FILE, flip, f"{checkpoint.STATE_FILE}"),
+    "another position": (
+        checkpoint.STATE_FILE,
+        lambda path: path.write_text(path.read_text().replace('"step": 2', '"step": 3')),
+        f"{checkpoint.STATE_FILE} is damaged: it does not match its checksum",
+    ),
 }
 
 
@@ -77,9 +84,21 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(name: str, folder: Pa
     assert checkpoint.find_damage(folder, 2) is None
     file, damage, told = DAMAGE[name]
     damage(folder / file)
-    with pytest.raises(RunError, match=rf"checkpoint {folder}: .*; choose another run.name, or remove") as caught:
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoint {folder}: ") as caught:
         checkpoint.load(None, folder)
     assert told in str(caught.value)
+
+
+def test_what_may_not_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a run would go back to an older checkpoint because somebody changed permissions."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(checkpoint, "read_bytes", refuse)
+    for look in (checkpoint.read_state, lambda place: checkpoint.find_damage(place, 2)):
+        with pytest.raises(PermissionError):
+            look(folder)
 
 
 def test_ranks_share_the_work_of_looking(folder: Path) -> None:

@@ -63,7 +63,7 @@ def test_any_checkpoint_is_read_or_named(changes: dict[str, Any], content: bytes
         try:
             state = checkpoint.read_state(tmp_path)
         except RunError as error:
-            assert "trainer_state.json cannot be read" in str(error) and "\n" not in str(error)
+            assert "trainer_state.json" in str(error) and "\n" not in str(error)
         else:
             assert isinstance(state.step, int) and isinstance(state.identity, str)
     (tmp_path / "checksums-00000.json").write_bytes(content)

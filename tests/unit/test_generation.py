@@ -98,7 +98,7 @@ def test_a_larger_draw_begins_with_the_smaller() -> None:
 def job(weights: str = "a", tokens: int = 8) -> GenerationJob:
     model, settings = ModelSection(name_or_path="nowhere"), ReferenceSection(store=None)
     speakers = {role: Speaker(model, "float32", weights + role) for role in ("policy", "reference")}
-    return GenerationJob(speakers, settings, tokens, 1.0, 0)
+    return GenerationJob(speakers, settings, tokens, 1.0, 0, 60.0)
 
 
 def said(folder: Path, home: Path, **texts: str) -> None:

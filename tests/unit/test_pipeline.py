@@ -2,12 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
-
-from caldpo_ray.errors import NotReady
-from caldpo_ray.pipeline import _newest_step
-from caldpo_ray.run_dir import RunDir
 
 FULL_DISK = """
 import resource, sys
@@ -31,15 +26,3 @@ def test_a_disk_that_takes_no_more_is_one_line_and_exit_3(tmp_path: Path) -> Non
     assert "cannot be written (File too large); make room there" in told and str(tmp_path / "runs") in told
     assert not list((tmp_path / "runs").rglob("*.*")), "no half-written file stays"
     assert code == "caldpo: exit code 3"
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
-def test_a_damaged_list_of_checkpoints_is_named_with_the_way_out(tmp_path: Path, content: str) -> None:
-    assert _newest_step(RunDir(tmp_path)) == 0
-    file = tmp_path / "checkpoints" / "checkpoint_manager_snapshot.json"
-    file.parent.mkdir()
-    file.write_text('{"checkpoint_results": [{"checkpoint_dir_name": "step-00000006"}]}')
-    assert _newest_step(RunDir(tmp_path)) == 6
-    file.write_text(content)
-    with pytest.raises(NotReady, match=rf"{file}: cannot be read .*, or remove the folder {file.parent} to start"):
-        _newest_step(RunDir(tmp_path))

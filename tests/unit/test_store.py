@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +78,29 @@ def test_a_damaged_part_is_refused_by_name(store: ReferenceStore) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"\0")
     with pytest.raises(NotReady, match=part.name):
         store.load()
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "cut off": lambda part: part.write_bytes(part.read_bytes()[:-20]),
+    "empty": lambda part: part.write_bytes(b""),
+    "one bit": lambda part: part.write_bytes(
+        part.read_bytes()[:99] + bytes([part.read_bytes()[99] ^ 1]) + part.read_bytes()[100:]
+    ),
+    "a folder": lambda part: (part.unlink(), part.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_part_is_never_read_and_the_others_are(name: str, store: ReferenceStore) -> None:
+    entries(store, 1)
+    bad = next(store.folder.glob("part-*"))
+    entries(store, 2)
+    DAMAGE[name](bad)
+    told: list[str] = []
+    loaded, logps = store.load(told.append)
+    assert (loaded == digests(2)).all() and logps.tolist() == [-2.0]
+    assert len(told) == 1 and bad.name in told[0] and told[0].endswith("It is left out")
+    assert store.seconds_per_response() is None, "which asks every part"
 
 
 def test_what_cannot_be_read_is_named(store: ReferenceStore, tmp_path: Path) -> None:

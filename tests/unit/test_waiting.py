@@ -1,6 +1,10 @@
 import threading
+from collections.abc import Iterator
 
-from caldpo_ray.waiting import Watchdog, overdue
+import pytest
+
+from caldpo_ray.errors import RunError
+from caldpo_ray.waiting import Watchdog, each_within, overdue
 
 
 def test_a_thread_that_stands_still_is_told_once_with_its_place_and_stacks() -> None:
@@ -41,3 +45,45 @@ def test_who_moves_is_left_alone() -> None:
 def test_what_a_wait_ends_with_names_the_wait_and_the_option() -> None:
     assert str(overdue("the feed", 60.0)).startswith("waited 60 s for the feed, and nothing came;")
     assert "train.wait_timeout_seconds" in str(overdue("the feed", 60.0))
+
+
+def test_items_come_one_at_a_time_as_they_are_asked_for() -> None:
+    made: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            yield number
+
+    seen = [(number, len(made)) for number in each_within(numbers(), "numbers", 60)]
+    assert seen == [(0, 1), (1, 2), (2, 3)], "none is made ahead"
+    assert list(each_within([], "numbers", 60)) == []
+
+
+def test_what_the_items_raise_is_raised() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise KeyError("two")
+
+    items = each_within(broken(), "numbers", 60)
+    assert next(items) == 1
+    with pytest.raises(KeyError, match="two"):
+        next(items)
+
+
+def test_an_item_that_does_not_come_ends_the_wait_and_names_it() -> None:
+    never, closed = threading.Event(), threading.Event()
+
+    def stuck() -> Iterator[int]:
+        try:
+            yield 1
+            never.wait()
+        finally:
+            closed.set()
+
+    items = each_within(stuck(), "the second number", 0.2)
+    assert next(items) == 1
+    with pytest.raises(RunError, match="for the second number, and nothing came"):
+        next(items)
+    never.set()
+    assert closed.wait(60), "what it was asked for is let go once it comes back"

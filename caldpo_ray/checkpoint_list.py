@@ -1,0 +1,162 @@
+"""Ray Train's list of the checkpoints of a run, kept true: it names those that are there and whole.
+
+Ray Train goes on from the newest one in its list, and stops at a list that is damaged or names a folder that is gone. It writes the
+list in place, so that a kill may leave half of it. Before it starts, the list is made again here from the checkpoints themselves
+where it must be; and a checkpoint in which the workers find damage leaves it, so that they go on from the one before.
+"""
+
+import json
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, model_validator
+
+from caldpo_ray.errors import NotReady, RunError
+from caldpo_ray.run_dir import read_metrics
+from caldpo_ray.storage import read_json, write_atomically
+
+LIST_FILE = "checkpoint_manager_snapshot.json"
+STATE_FILE = "trainer_state.json"
+
+
+class Listed(BaseModel):
+    """A checkpoint in the list, with what it is ranked by."""
+
+    checkpoint_dir_name: str
+    metrics: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.checkpoint_dir_name.removeprefix("step-"))
+
+
+class CheckpointList(BaseModel):
+    """What Ray Train (2.60 to 2.63) reads; the newest checkpoint is the one it goes on from."""
+
+    checkpoint_results: list[Listed]
+    checkpoint_report_indices: list[int]
+    latest_checkpoint_result: Listed
+    pending_training_results: list[Listed]
+    pending_validation_specs: list[Any]
+    current_report_index: int
+    validated_checkpoint_dir_names: list[str]
+    timed_out_validation_checkpoint_dir_names: list[str]
+    failed_validation_checkpoint_dir_names: list[str]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "CheckpointList":
+        steps = [each.step for each in self.checkpoint_results]
+        if len(steps) != len(self.checkpoint_report_indices) or self.latest_checkpoint_result.step not in steps:
+            raise ValueError("it contradicts itself")
+        return self
+
+
+def seal_name(rank: int) -> str:
+    """The file in a checkpoint with the checksums of what a rank wrote there."""
+    return f"checksums-{rank:05d}.json"
+
+
+def newest_step(checkpoints: Path) -> int:
+    """The step that a run goes on from; 0 without a checkpoint. Raises NotReady for a damaged list."""
+    return _read(checkpoints)[0].latest_checkpoint_result.step if (checkpoints / LIST_FILE).exists() else 0
+
+
+def mend_list(checkpoints: Path, metrics: Path) -> str | None:
+    """Make the list name checkpoints that are there. Returns what was wrong and what is used now, where something was.
+
+    Raises RunError where it named some and none is left.
+    """
+    try:
+        named = [each.checkpoint_dir_name for each in _read(checkpoints)[0].checkpoint_results]
+    except NotReady as error:
+        whole = [folder.name for folder in sorted(checkpoints.glob("step-*")) if _is_there(folder)]
+        damaged = (checkpoints / LIST_FILE).exists()
+        reason = (
+            str(error).partition("; put it back")[0] if damaged else f"{checkpoints}: there is no list of checkpoints"
+        )
+        if whole:
+            _write(checkpoints, _made_again(whole, metrics))
+            return f"{reason}; it was made again, and the run goes on from {whole[-1]}"
+        if damaged:
+            raise _nothing_left(checkpoints, reason) from None
+        return None
+    lost = sorted(name for name in named if not (checkpoints / name).exists())
+    if not lost:
+        return None
+    return _leave_out(checkpoints, lost, f"checkpoint {checkpoints / lost[-1]} is gone")
+
+
+def leave_out_newest(checkpoints: Path, reason: str) -> str:
+    """Take the newest checkpoint off the list, as `reason` tells of its damage; what is used now, in words.
+
+    Its folder stays until the run comes to that step again. Raises RunError where it was the last one.
+    """
+    return _leave_out(checkpoints, [_read(checkpoints)[0].latest_checkpoint_result.checkpoint_dir_name], reason)
+
+
+def _leave_out(checkpoints: Path, names: list[str], reason: str) -> str:
+    """The same for checkpoints by name."""
+    listed, content = _read(checkpoints)
+    kept = [at for at, each in enumerate(listed.checkpoint_results) if each.checkpoint_dir_name not in names]
+    if not kept:
+        raise _nothing_left(checkpoints, reason)
+    newest = max(kept, key=lambda at: listed.checkpoint_results[at].step)
+    columns = ("checkpoint_results", "checkpoint_report_indices")
+    changed = {name: [content[name][at] for at in kept] for name in columns}
+    changed["latest_checkpoint_result"] = content["checkpoint_results"][newest]
+    _write(checkpoints, content | changed)
+    return f"{reason}; the run goes on from {listed.checkpoint_results[newest].checkpoint_dir_name}"
+
+
+def _nothing_left(checkpoints: Path, reason: str) -> RunError:
+    """What a run ends with that has checkpoints of which none can be used."""
+    return RunError(
+        f"{reason}, and there is no other checkpoint to go on from; choose another run.name, or remove the folder"
+        f" {checkpoints} to start this run over"
+    )
+
+
+def _read(checkpoints: Path) -> tuple[CheckpointList, dict[str, Any]]:
+    """(the list, all that is in its file). Raises NotReady for one that is damaged or not there."""
+    way_out = f"put it back, or choose another run.name, or remove the folder {checkpoints} to start this run over"
+    content = read_json(checkpoints / LIST_FILE, way_out)
+    try:
+        return CheckpointList.model_validate(content, strict=True), content
+    except ValueError:
+        raise NotReady(f"{checkpoints / LIST_FILE}: cannot be read (it is no list of checkpoints); {way_out}") from None
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether all ranks have put all their files there. Only names are looked at: content is, before it is loaded."""
+    try:
+        num_writers = read_json(folder / STATE_FILE, "", "world_size")["world_size"]
+        sealed = [read_json(folder / seal_name(rank), "") for rank in range(num_writers)]
+    except (NotReady, TypeError):
+        return False
+    return all((folder / name).exists() for names in sealed for name in names)
+
+
+def _made_again(names: list[str], metrics: Path) -> dict[str, Any]:
+    """The list as Ray Train writes it, of these checkpoints from old to new, each with what was measured at its step."""
+    lines: list[dict[str, Any]] = []
+    with suppress(NotReady):  # a damaged line there is told elsewhere
+        lines = [line for line in read_metrics(metrics) if line["split"] == "eval"]
+    measured = {
+        f"step-{line['step']:08d}": {name: value for name, value in line.items() if isinstance(value, float)}
+        for line in lines
+    }
+    results = [{"checkpoint_dir_name": name, "metrics": measured.get(name, {})} for name in names]
+    empty: dict[str, Any] = {name: [] for name in CheckpointList.model_fields}
+    return empty | {
+        "ray_version": version("ray"),
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": results[-1],
+        "current_report_index": len(results),
+    }
+
+
+def _write(checkpoints: Path, content: dict[str, Any]) -> None:
+    write_atomically(checkpoints / LIST_FILE, json.dumps(content))
