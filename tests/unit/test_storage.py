@@ -1,11 +1,15 @@
+import fcntl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from caldpo_ray import storage
+from caldpo_ray.errors import NotReady
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.storage import (
     COMPLETE,
@@ -153,3 +157,26 @@ storage.ray_train_storage(storage.open_path("/tmp").absolute())
 print(sorted({"upath", "s3fs", "aiobotocore"} & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_download_that_stands_still_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process of the node, which has the lock; one that goes on is."""
+    monkeypatch.setattr(storage, "DOWNLOAD_SECONDS", 0.3)
+    monkeypatch.setattr(storage, "LOCK_POLL_SECONDS", 0.01)
+    download, path = tmp_path / "download", tmp_path / "copy.lock"
+    download.mkdir()
+    with path.open("w") as theirs, path.open("w") as ours:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        with pytest.raises(NotReady, match=r"s3://bucket/model: another process of this node has .*copy\.lock"):
+            storage._lock(ours, Path("s3://bucket/model"), download)
+
+        def go_on() -> None:
+            for size in range(20):
+                (download / "weights").write_bytes(bytes(size))
+                threading.Event().wait(0.05)
+            fcntl.flock(theirs, fcntl.LOCK_UN)
+
+        going = threading.Thread(target=go_on)
+        going.start()
+        storage._lock(ours, Path("s3://bucket/model"), download)
+        going.join()
