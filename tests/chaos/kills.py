@@ -39,7 +39,7 @@ ACTORS = {"policy worker": "RayTrainWorker", "reference actor": "ReferenceScorer
 KINDS = (*ACTORS, "driver")
 KILLS_PER_RUN = (4, 8)
 DAMAGED_SHARE = 0.3  # of the driver's deaths
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 180.0  # for a moment to come, and for a run to end after its last kill
 TRAIN = {"epochs": 4, "save_every": 4, "max_failures": 1000}
 CALM = "undisturbed"
@@ -145,10 +145,10 @@ def strike(run: LiveRun, blow: Blow, again: Callable[[], LiveRun], draw: random.
     """Wait for the moment and kill. (the run, which is another process where it was the driver; None where it ended before)"""
     if blow.kind == "reference actor" and not _until(run, lambda: _pids(run, blow.kind)):
         return run, None
-    here = len(run.lines())
+    here, left = len(run.lines()), _on_the_way(run)
     if blow.moment == "step" and not _until(run, lambda: len(run.lines()) >= here + blow.lines):
         return run, None
-    if blow.moment == "checkpoint" and not _until(run, lambda: _on_the_way(run)):
+    if blow.moment == "checkpoint" and not _until(run, lambda: _on_the_way(run) - left):
         return run, None
     threading.Event().wait(blow.delay)
     if not _until(run, lambda: _pids(run, blow.kind)):
@@ -198,9 +198,10 @@ def _until(run: LiveRun, condition: Callable[[], Any]) -> bool:
     return True
 
 
-def _on_the_way(run: Run) -> bool:
+def _on_the_way(run: Run) -> set[Path]:
+    """Checkpoints in the temporary folder, those that were left there by the dead included."""
     temporary = Path(tempfile.gettempdir())
-    return any(True for rank in (0, 1) for _ in temporary.glob(f"{scratch_prefix(run.path, rank)}*"))
+    return {path for rank in (0, 1) for path in temporary.glob(f"{scratch_prefix(run.path, rank)}*")}
 
 
 # -- runs ------------------------------------------------------------------------------------------------------------
