@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,9 @@ def evaluate(
     Returns, and writes as `eval.json` (in the run, the model folder, or the folder `output`): the metrics of training's
     evaluation, `counts` of the rows behind each (tokens for `nll`), their 95 % intervals as `<name>_interval`, length bias,
     calibration bins and, where rows have scores, implicit rewards against them (see `pair_analysis`), and on the embedded
-    world `world/*` from `num_samples` samples (see `sampling.sample_world`). Beside it `audit.jsonl` names by id the rows
-    that deserve a second look. The file `scores` gets one JSON line per response. With `generations`, policy and reference answer
-    held-out prompts too, and a judge says who is better (see `generation.compare`). Raises InputError for bad input and RunError
-    when scoring, generating or judging fails; what is written by then stays.
+    world `world/*` from `num_samples` samples (see `sampling.sample_world`). Beside it `audit.jsonl` names rows that
+    deserve a second look. The file `scores` gets a line per response. With `generations`, both answer held-out prompts, and a judge
+    compares them (see `generation.compare`). Raises InputError for bad input, RunError when something fails on its way.
     """
     with reaching("evaluate", run_or_model):
         subject = _asked_for(_open(open_path(run_or_model), data, overrides), reference, beta, output)
@@ -85,11 +85,9 @@ def evaluate(
     source, folder, numbers = _held_out(subject, policy)
     on_world = any(is_world(Path(name).parent) for name in (source, config.data.train))
     sampling = _start_sampling(policy, frozen, num_samples, config.run.seed) if on_world else None
-    wait_seconds = config.train.wait_timeout_seconds
-    logps = _score(_job(config, policy, config.model.dtype, None), folder, numbers, "policy", wait_seconds)
-    frozen_logps = None
-    if frozen is not None:
-        frozen_logps = _score(_reference_job(subject, frozen), folder, numbers, "reference", wait_seconds)
+    score = partial(_score, folder, numbers, config.train.wait_timeout_seconds)
+    logps = score(_job(config, policy, config.model.dtype, None), "policy")
+    frozen_logps = None if frozen is None else score(_reference_job(subject, frozen), "reference")
     held_out = HeldOut(RowCache([folder]), numbers, logps, frozen_logps)
     found, findings = _describe_rows(subject, objective, held_out)
     result: dict[str, Any] = {
@@ -98,7 +96,7 @@ def evaluate(
         "objective": {"name": objective.name, **objective.parameters} if objective else None,
         "data": source,
         **found,
-        **({} if sampling is None else _collect(sampling, wait_seconds)),
+        **({} if sampling is None else _collect(sampling, config.train.wait_timeout_seconds)),
     }
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
@@ -346,7 +344,7 @@ def _reference_job(subject: Subject, frozen: ResolvedModel) -> ReferenceJob:
     return _job(config, frozen, dtype, store)
 
 
-def _score(job: ReferenceJob, folder: str, numbers: Indices, role: str, wait_seconds: float) -> Floats:
+def _score(folder: str, numbers: Indices, wait_seconds: float, job: ReferenceJob, role: str) -> Floats:
     """Log-probs [responses of the whole row cache] in nats; NaN for rows not asked for."""
     distinct = distinct_responses(RowCache([folder]).digests())
     known, progress = np.full(len(distinct.digests), np.nan, np.float32), ReferenceProgress()
