@@ -162,7 +162,7 @@ def strike(run: LiveRun, blow: Blow, again: Callable[[], LiveRun], draw: random.
     if blow.kind == "driver":
         if run.process.wait() != -signal.SIGKILL:  # it had just ended
             return run, None
-        _until_gone(run)
+        _until_gone()
         if blow.damage is not None and damage(run, blow.damage, draw):
             done.damage = blow.damage
         run.process.stdout.close()
@@ -175,16 +175,21 @@ def _pids(run: LiveRun, kind: str) -> list[int]:
     if kind == "driver":
         return [run.process.pid] if run.process.poll() is None else []
     actors = live_actors()
-    newest = max((actor["JobID"] for actor in actors), default="")
-    mine = [actor for actor in actors if actor["JobID"] == newest and ACTORS[kind] in actor["ActorClassName"]]
+    newest = max(map(_job_number, actors), default=0)
+    mine = [actor for actor in actors if _job_number(actor) == newest and ACTORS[kind] in actor["ActorClassName"]]
     return sorted(actor["Pid"] for actor in mine if actor["Pid"])
 
 
-def _until_gone(run: LiveRun) -> None:
-    """Workers outlive their driver by a moment: whoever damages files waits until nobody writes there."""
+def _job_number(actor: dict[str, Any]) -> int:
+    """Drivers are numbered as they come."""
+    return int.from_bytes(bytes.fromhex(actor["JobID"]), "little")
+
+
+def _until_gone() -> None:
+    """What belongs to a dead driver outlives it by a moment: whoever damages files waits until nobody writes there."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while any(ACTORS["policy worker"] in actor["ActorClassName"] for actor in live_actors()):
-        assert time.monotonic() < deadline, "the workers of a dead driver live on"
+    while any(name in actor["ActorClassName"] for actor in live_actors() for name in (*ACTORS.values(), "Controller")):
+        assert time.monotonic() < deadline, "the processes of a dead driver live on"
         threading.Event().wait(POLL_SECONDS)
 
 
@@ -224,7 +229,8 @@ def disturb(
     except AssertionError as error:
         return done, [f"{name} failed after {_told(done)}:\n{error}"]
     except Exception as error:  # it did not end
-        os.kill(run.process.pid, signal.SIGKILL)
+        run.process.kill()
+        run.process.wait()
         return done, [f"{name} did not end after {_told(done)}: {error}"]
     return done, [f"{name}, after {_told(done)}: {each}\n{output}" for each in differences(run, calm)]
 
