@@ -30,7 +30,7 @@ from tests.benchmarks.watch import ROLES
 from tests.chaos.kills import local_cluster, machine
 from tests.ray.runs import LiveRun, start, write_config
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 1.0
 CHUNK_ROWS = 10_000
 PROMPT_WORDS, RESPONSE_WORDS = 4, 6
 BATCH_SIZE = 256
