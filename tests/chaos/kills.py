@@ -40,7 +40,7 @@ KINDS = (*ACTORS, "driver")
 KILLS_PER_RUN = (4, 8)
 DAMAGED_SHARE = 0.3  # of the driver's deaths
 POLL_SECONDS = 0.02
-PATIENCE_SECONDS = 180.0  # for a moment to come, and for a run to end after its last kill
+PATIENCE_SECONDS = 600.0  # for a moment to come, and for a run to end after its last kill
 TRAIN = {"epochs": 4, "save_every": 4, "max_failures": 1000}
 CALM = "undisturbed"
 
@@ -313,7 +313,7 @@ def local_cluster() -> Iterator[None]:
     """Two CPUs, whatever the machine has; runs find it by its address."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     yield
     del os.environ["RAY_ADDRESS"]

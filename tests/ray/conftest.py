@@ -39,7 +39,7 @@ def cluster(s3: Any, hub: dict[str, str], tmp_path_factory: pytest.TempPathFacto
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))  # none was compiled before
         for name in ("CC", "CXX"):
             patch.delenv(name, raising=False)
-        ray.init(num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     address: str = ray.get_runtime_context().gcs_address
     # Nobody drains this cluster, and the watcher would be one more process of every run.
     shared = {"RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
