@@ -100,25 +100,39 @@ def require_placeable(
     tasks = [data_task(config)] if needs_data else []
     workers, actors = bundles(config, needs_reference)
     workers = workers if needs_workers else []
-    deadline = time.monotonic() + config.train.placement_timeout_seconds
-    announced = False
-    while True:
-        nodes = live_nodes()
-        in_turn = unplaced(tasks, nodes) or unplaced(workers, nodes) or unplaced(actors, nodes)
-        missing = in_turn or unplaced([*workers, *actors], nodes)
-        if missing is None:
-            return True
-        if in_turn is None and config.reference.store is not None:
-            return False
-        if time.monotonic() > deadline or not may_grow(nodes):
-            raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
-        if not announced:
-            print(
-                f"waiting up to {config.train.placement_timeout_seconds:.0f} s for the cluster to have room for a {missing.role}",
-                flush=True,
-            )
-            announced = True
-        time.sleep(POLL_SECONDS)
+    wait = config.train.placement_timeout_seconds
+    deadline, announced = time.monotonic() + wait, False
+    try:
+        while True:
+            nodes = live_nodes()
+            in_turn = unplaced(tasks, nodes) or unplaced(workers, nodes) or unplaced(actors, nodes)
+            missing = in_turn or unplaced([*workers, *actors], nodes)
+            if missing is None:
+                return True
+            if in_turn is None and config.reference.store is not None:
+                return False
+            if time.monotonic() > deadline or not may_grow(nodes):
+                raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
+            if not announced:
+                print(f"waiting up to {wait:.0f} s for the cluster to have room for a {missing.role}", flush=True)
+                ask_autoscaler([*workers, *actors] or tasks)
+                announced = True
+            time.sleep(POLL_SECONDS)
+    finally:
+        if announced:  # what runs keeps its nodes by itself, and the others may go
+            ask_autoscaler([])
+
+
+def ask_autoscaler(wanted: Sequence[Bundle]) -> None:
+    """Have an autoscaler, where there is one, make room for these at least; no longer, with none.
+
+    By itself it sees only what waits in Ray's queues, and nothing is put there before it fits.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    needed = [({kind: amount for kind, amount in each.resources.items() if amount}, each.labels) for each in wanted]
+    shapes = [(resources, labels) for resources, labels in needed if resources]
+    request_resources(bundles=[r for r, _ in shapes], bundle_label_selectors=[labels for _, labels in shapes])
 
 
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:

@@ -48,6 +48,7 @@ LAYERS = [
         "loggers",
         "model_card",
         "progress",
+        "ray_metrics",
         "trainer",
         "uploads",
         "input_stamp",
