@@ -280,7 +280,8 @@ def _score(
             ReferenceScorer,
             fn_constructor_args=(job, folders, feed),
             batch_size=ROWS_PER_REQUEST,
-            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+            # While one request is scored, the next one is unpacked and the answers before are sent.
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_concurrent_calls_per_actor=2),
             num_cpus=settings.num_cpus_per_actor,
             num_gpus=settings.num_gpus_per_actor or None,
             label_selector=settings.label_selector,
