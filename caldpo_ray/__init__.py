@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_config", "train"]
+__all__ = ["__version__", "evaluate", "load_config", "sweep", "train"]
 
-_HOME = {"train": "pipeline", "evaluate": "evaluation", "load_config": "config"}
+_HOME = {"train": "pipeline", "evaluate": "evaluation", "load_config": "config", "sweep": "sweeps"}
 
 
 def __getattr__(name: str) -> Any:

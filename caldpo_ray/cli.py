@@ -43,6 +43,14 @@ def train(
 
 
 @app.command()
+def sweep(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Compare objectives and their strengths by many runs over one reference; resumes by itself."""
+    from caldpo_ray.sweeps import sweep as compare
+
+    compare(config, overrides or [], verbose)
+
+
+@app.command()
 def preview(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -105,6 +113,14 @@ def evaluate(
         num_samples=num_samples,
         verbose=verbose,
     )
+
+
+@app.command()
+def report(path: Annotated[str, typer.Argument(metavar="RUN_OR_SWEEP")]) -> None:
+    """Write report.html, one file for phone and print, and figures/*.png."""
+    from caldpo_ray.report import report as write
+
+    write(path)
 
 
 @app.command()

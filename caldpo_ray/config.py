@@ -15,7 +15,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -26,7 +25,8 @@ from pydantic import (
 from caldpo_ray.dotted import flatten, get, given_twice, parse_overrides, put, put_default
 from caldpo_ray.errors import InputError
 from caldpo_ray.objective_parameters import SCHEMAS, ObjectiveParameters, parse_objective
-from caldpo_ray.options import ALIASES, NOT_ALIASES, Options, explain, one_rule, types_in
+from caldpo_ray.options import ALIASES, NOT_ALIASES, Section, explain, one_rule, types_in
+from caldpo_ray.sweep_options import SweepSection
 from caldpo_ray.yaml_text import read_yaml, write_yaml
 
 
@@ -41,10 +41,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # A folder, file or other source: `~` is the home of whoever starts the run.
 Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Labels = Annotated[dict[str, str] | None, EXECUTION]
-
-
-class Section(Options):
-    model_config = ConfigDict(validate_default=True)
 
 
 class RunSection(Section):
@@ -208,6 +204,8 @@ class TrainSection(Section):
     """Torch threads; default: the node's cores shared by the workers on it."""
     use_gpu: Annotated[bool, EXECUTION] = False
     """Train on GPUs."""
+    num_gpus_per_worker: Annotated[float, Field(gt=0, le=1), EXECUTION] = 1
+    """With use_gpu; a fraction lets several runs of one worker share a GPU."""
     label_selector: Labels = None
     """Labels of the Ray nodes for these workers, as {key: value}."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
@@ -246,6 +244,13 @@ class TrainSection(Section):
     """How long the run may wait for resources before it stops and names what is missing."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
+    @field_validator("num_gpus_per_worker")
+    @classmethod
+    def _ranks_share_no_gpu(cls, num_gpus: float, others: ValidationInfo) -> float:
+        if num_gpus < 1 and others.data.get("num_workers", 1) > 1:
+            raise ValueError("needs num_workers 1: NCCL refuses two workers of one run on the same GPU")
+        return num_gpus
+
     @field_validator("batch_size")
     @classmethod
     def _batch_feeds_every_worker(cls, batch_size: int, others: ValidationInfo) -> int:
@@ -266,6 +271,7 @@ class Config(Section):
     reference: ReferenceSection
     objective: Annotated[ObjectiveParameters, BeforeValidator(parse_objective)]
     train: TrainSection = TrainSection()
+    sweep: SweepSection = SweepSection()
     loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], EXECUTION] = Field(default_factory=list)
     """Where metrics go besides metrics.jsonl; several as a list."""
 
@@ -275,6 +281,17 @@ class Config(Section):
         if len(set(loggers)) < len(loggers):
             raise ValueError("names a logger twice; keep one")
         return loggers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_objective_of_the_sweep(cls, values: Any) -> Any:
+        """A sweep names its objectives; `objective` then need not be given beside them."""
+        sweep = values.get("sweep") if isinstance(values, dict) else None
+        named = sweep.get("objectives") if isinstance(sweep, dict) else None
+        if isinstance(named, list) and named and "objective" not in values:
+            first = named[0] if isinstance(named[0], dict) else {"name": named[0]}
+            values = {**values, "objective": {key: value for key, value in first.items() if key != "label"}}
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -311,7 +328,7 @@ class Config(Section):
         return {
             key: value
             for key, value, execution in self.items()
-            if not execution and (not key.startswith("run.") or key == "run.seed")
+            if not execution and (not key.startswith(("run.", "sweep.")) or key == "run.seed")
         }
 
     def items(self) -> Iterator[tuple[str, Any, bool]]:

@@ -14,7 +14,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     for key, value in values.items():
         dotted = f"{prefix}{key}"
         # These values are mappings themselves: their keys are the user's, not ours.
-        free = dotted.endswith("label_selector") or dotted == "train.deepspeed.config"
+        free = dotted.endswith("label_selector") or dotted in ("train.deepspeed.config", "sweep.space")
         if isinstance(value, Mapping) and value and not free:
             yield from flatten(value, f"{dotted}.")
         else:

@@ -22,7 +22,11 @@ class RunError(RuntimeError):
     """The run failed on its way; what it saved is kept and the same command resumes it. Exit code 3."""
 
 
-KINDS = (NotReady, InputError, RunError)  # the more special first
+class Diverged(RunError):
+    """The run went where going on is no use: a loss that is not finite, or a rule of `sweep.stop`. The message names it."""
+
+
+KINDS = (NotReady, InputError, Diverged, RunError)  # the more special first
 
 
 def find_error(error: BaseException | None) -> InputError | RunError | None:

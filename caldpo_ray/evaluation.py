@@ -23,11 +23,11 @@ from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.export import read_model_manifest
 from caldpo_ray.feed import split_rows
-from caldpo_ray.held_out import HeldOut, measure, summarise, table, write_scores
-from caldpo_ray.metrics import merge
+from caldpo_ray.held_out import HeldOut, describe, table, write_scores
 from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
-from caldpo_ray.objectives import get_objective
+from caldpo_ray.objectives import Objective, get_objective
+from caldpo_ray.pair_analysis import FINDINGS, analyse, audit, count_findings, pair_table
 from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import say
@@ -61,9 +61,11 @@ def evaluate(
     none. `overrides` are `key=value` of the config: resources of the pool, lengths, format and the like.
 
     Returns, and writes as `eval.json` (in the run, the model folder, or the folder `output`): the metrics of training's
-    evaluation, `counts` of the rows behind each (tokens for `nll`), the 95 % interval of the accuracy, and on the embedded
-    world `world/*` from `num_samples` samples (see `sampling.sample_world`). The file `scores` gets one JSON line per
-    response. Raises InputError for bad input and RunError when scoring fails.
+    evaluation, `counts` of the rows behind each (tokens for `nll`), their 95 % intervals as `<name>_interval`, length bias,
+    calibration bins and, where rows have scores, implicit rewards against them (see `pair_analysis`), and on the embedded
+    world `world/*` from `num_samples` samples (see `sampling.sample_world`). Beside it `audit.jsonl` names by id the rows
+    that deserve a second look. The file `scores` gets one JSON line per response. Raises InputError for bad input and
+    RunError when scoring fails.
     """
     with reaching("evaluate", run_or_model):
         subject = _asked_for(_open(open_path(run_or_model), data, overrides), reference, beta, output)
@@ -85,21 +87,18 @@ def evaluate(
     logps = _score(_job(config, policy, config.model.dtype, None), folder, numbers, "policy")
     frozen_logps = None if frozen is None else _score(_reference_job(subject, frozen), folder, numbers, "reference")
     held_out = HeldOut(RowCache([folder]), numbers, logps, frozen_logps)
+    found, findings = _describe_rows(subject, objective, held_out)
     result: dict[str, Any] = {
         "model": str(run_or_model),
         "reference": subject.reference.name if subject.reference else None,
         "objective": {"name": objective.name, **objective.parameters} if objective else None,
         "data": source,
-        "eval_rows": len(numbers),
-        **subject.facts,
-        **summarise(merge(measure(objective, batch) for batch in held_out.batches())),
+        **found,
         **({} if sampling is None else _collect(sampling)),
     }
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
-    write_atomically(subject.home / "eval.json", json.dumps(result, indent=1))
-    say("\n".join([f"{len(numbers)} held-out rows, [95 % intervals]:", *table(result)]))
-    say(f"evaluation in {subject.home / 'eval.json'}")
+    _conclude(subject.home, result, findings)
     return result
 
 
@@ -127,6 +126,8 @@ class Subject:
     reference: Weights | None
     parameters: ObjectiveParameters | None
     facts: dict[str, Any]
+    trained_on: tuple[Path, str | float | None] | None = None
+    """Row cache of the training data and the run's `data.eval`, for overlaps; None for a model without a run."""
 
 
 def _open(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
@@ -143,6 +144,7 @@ def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subjec
             " checkpoint and writes it"
         )
     config = load_config(run.config, overrides)
+    own_eval, cache = config.data.eval, run.path.parent / ".cache"
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"eval": data})})
     if config.data.eval is None:
@@ -155,8 +157,9 @@ def _open_run(run: RunDir, data: str | None, overrides: Sequence[str]) -> Subjec
         frozen = Weights(config.model.name_or_path, config.model.revision, digest, run.init)
     lines = read_metrics(run.metrics)
     step = {"step": lines[-1]["step"]} if lines else {}
-    cache, policy = run.path.parent / ".cache", Weights(str(run.model))
-    return Subject(run.path, cache, config, policy, frozen, config.objective, step)
+    rows = run.read_manifest().get("rows") if run.manifest.exists() else None
+    trained_on = (cache / "rows" / rows[0]["cache"], own_eval) if rows else None
+    return Subject(run.path, cache, config, Weights(str(run.model)), frozen, config.objective, step, trained_on)
 
 
 def _open_model(path: Path, data: str | None, overrides: Sequence[str]) -> Subject:
@@ -255,6 +258,49 @@ def _held_out(subject: Subject, policy: ResolvedModel) -> tuple[str, str, Indice
         raise InputError(f"data.eval = {held_out}: holds out no row of {source}; give --data PATH")
     say(f"data: {len(numbers)} held-out rows from {source} ({facts.num_bad} bad rows in it)")
     return source, str(facts.folder), numbers
+
+
+# -- what is said of the rows --------------------------------------------------------------------------------------
+
+
+def _describe_rows(
+    subject: Subject, objective: Objective | None, held_out: HeldOut
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics of the held-out rows, findings of the audit)."""
+    pairs, training = pair_table(objective, held_out), _training_rows(subject)
+    findings = audit(pairs, held_out, training)
+    metrics = {
+        "eval_rows": len(held_out.numbers),
+        **subject.facts,
+        **describe(objective, held_out),
+        **analyse(pairs, subject.config.run.seed),
+        "audit": count_findings(findings, training is not None),
+    }
+    return metrics, findings
+
+
+def _conclude(home: Path, result: dict[str, Any], findings: list[dict[str, Any]]) -> None:
+    """Write both files and show what one looks at first."""
+    write_atomically(home / "audit.jsonl", "".join(json.dumps(line) + "\n" for line in findings))
+    write_atomically(home / "eval.json", json.dumps(result, indent=1))
+    say("\n".join([f"{result['eval_rows']} held-out rows, [95 % intervals]:", *table(result)]))
+    say(f"rows to look at, in {home / 'audit.jsonl'}: {_describe_audit(result['audit'])}")
+    say(f"evaluation in {home / 'eval.json'}")
+
+
+def _training_rows(subject: Subject) -> tuple[RowCache, Indices] | None:
+    """The rows that a run was trained on, by number in its row cache; None where that is gone, or nothing names it."""
+    if subject.trained_on is None or not (subject.trained_on[0] / "manifest.json").exists():
+        return None
+    rows, held_out = RowCache([subject.trained_on[0]]), subject.trained_on[1]
+    return rows, np.arange(len(rows)) if isinstance(held_out, str) else split_rows(rows, held_out)[0]
+
+
+def _describe_audit(counts: dict[str, int | None]) -> str:
+    shown = ("both find wrong", "near ties", "duplicates", "contradictions", "also in training")
+    return ", ".join(
+        f"{'?' if counts[name] is None else counts[name]} {words}" for name, words in zip(FINDINGS, shown, strict=True)
+    )
 
 
 # -- log-probs -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Layout, Row
 from caldpo_ray.store import distinct_responses
 
-SplitName = Literal["train", "eval"]
+SplitName = Literal["train", "eval", "report"]
 EVAL_BATCH_ROWS = 256
 # A call of an actor costs Ray as much as a dozen rows cost the feed: small shares travel together.
 ROWS_PER_CALL, MOST_STEPS_PER_CALL = 64, 16
@@ -144,7 +144,21 @@ def count_split(folder: Path, fraction: float) -> tuple[int, int]:
     return len(train), len(held_out)
 
 
-def schedules(config: Config, num_train: int, num_eval: int) -> dict[SplitName, Schedule]:
+def split_halves(rows: RowCache, numbers: Indices) -> tuple[Indices, Indices]:
+    """(rows to choose by, rows to report on) of held-out rows, by their content: equal rows stay together."""
+    words = rows.digests()[rows.first_response[numbers]].view(np.uint64)[1::2]
+    reported = words % np.uint64(2) == 1
+    return numbers[~reported], numbers[reported]
+
+
+def count_halves(folders: list[str], eval_source: str | float | None) -> tuple[int, int]:
+    """(rows to choose by, rows to report on) of these folders."""
+    rows = RowCache(folders)
+    chosen_by, reported = split_halves(rows, split_rows(rows, eval_source)[1])
+    return len(chosen_by), len(reported)
+
+
+def schedules(config: Config, num_train: int, num_eval: int, num_report: int = 0) -> dict[SplitName, Schedule]:
     """The order of global batches of each split; evaluation reads its rows in their own order."""
     train = config.train
     return {
@@ -152,6 +166,7 @@ def schedules(config: Config, num_train: int, num_eval: int) -> dict[SplitName, 
             num_train, train.batch_size, train.epochs, config.run.seed, config.data.shuffle, train.max_steps
         ),
         "eval": Schedule(num_eval, EVAL_BATCH_ROWS, 1, config.run.seed, False),
+        "report": Schedule(num_report, EVAL_BATCH_ROWS, 1, config.run.seed, False),
     }
 
 
@@ -188,8 +203,16 @@ def steps_per_call(batch_size: int, world_size: int) -> int:
 class Feed:
     """Ray actor (0 CPUs). Restarting it is harmless: every answer is a function of the request, the rows and the store."""
 
-    def __init__(self, config: Config, folders: list[str], job: ReferenceJob | None, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folders: list[str],
+        job: ReferenceJob | None,
+        first_step: int = 0,
+        in_halves: bool = False,
+    ) -> None:
         self._config, self._folders, self._job, self._first_step = config, folders, job, first_step
+        self._in_halves = in_halves
         self._attempt = 0
         self._orders: dict[tuple[SplitName, int], Indices] = {}
         self._batches: dict[tuple[SplitName, int], KnownBatch] = {}
@@ -208,8 +231,9 @@ class Feed:
         """Rows, their lengths, and room for their log-probs."""
         self._rows = RowCache(self._folders)
         train, held_out = split_rows(self._rows, self._config.data.eval)
-        self._numbers: dict[SplitName, Indices] = {"train": train, "eval": held_out}
-        self._schedules = schedules(self._config, len(train), len(held_out))
+        halves = split_halves(self._rows, held_out) if self._in_halves else (held_out, held_out[:0])
+        self._numbers: dict[SplitName, Indices] = {"train": train, "eval": halves[0], "report": halves[1]}
+        self._schedules = schedules(self._config, len(train), *map(len, halves))
         first, lengths = self._rows.first_response[:-1].astype(np.intp), self._rows.response_lengths()
         self._first_only = self._config.objective.reads_first_only
         self._prompt_lengths = self._rows.prompt_lengths()
@@ -384,7 +408,8 @@ class Feed:
         order = train[np.roll(schedule.order(epoch), -place)[:needed]]
         every = self._config.train.eval_every
         before = len(order) if every is None else min(len(order), every * schedule.batch_size)
-        return np.concatenate([order[:before], self._numbers["eval"], order[before:]])
+        held_out = [self._numbers["eval"], self._numbers["report"]]
+        return np.concatenate([order[:before], *held_out, order[before:]])
 
     def _announce(self) -> None:
         assert self._loop is not None

@@ -1,5 +1,7 @@
 """Where metrics go besides `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, under the same names everywhere."""
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,12 +15,18 @@ Line = dict[str, Any]
 Logger = Callable[[int, dict[str, float]], None]
 
 
-def open_loggers(names: Sequence[str], run_dir: Path, config: dict[str, Any], identity: str) -> list[Logger]:
-    """One function per logger, each taking (step, values). Raises NotReady naming the one that cannot start."""
+def open_loggers(
+    names: Sequence[str], run_dir: Path, config: dict[str, Any], identity: str, sweep: str | None = None
+) -> list[Logger]:
+    """One function per logger, each taking (step, values). Raises NotReady naming the one that cannot start.
+
+    `sweep` names the sweep of which the run is a trial: its trials are one group of W&B and one experiment of MLflow. For
+    TensorBoard their folders are: `tensorboard --logdir runs/<sweep>/trials`.
+    """
     opened = []
     for name in names:
         try:
-            opened.append(LOGGERS[name](run_dir, config, identity))
+            opened.append(LOGGERS[name](run_dir, config, identity, sweep))
         except Exception as error:  # a server that is away, a missing key: each package has its own errors
             raise NotReady(
                 f"loggers: {name} cannot start ({last_line(error)}); mend that, or remove it from loggers"
@@ -46,7 +54,7 @@ def scalars(line: Line) -> dict[str, float]:
     return {f"{line['split']}/{name}": float(value) for name, value in line.items() if name not in ("split", "step")}
 
 
-def _tensorboard(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
+def _tensorboard(run_dir: Path, config: dict[str, Any], identity: str, sweep: str | None) -> Logger:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run_dir / "tensorboard"))
@@ -59,19 +67,20 @@ def _tensorboard(run_dir: Path, config: dict[str, Any], identity: str) -> Logger
     return log
 
 
-def _wandb(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
+def _wandb(run_dir: Path, config: dict[str, Any], identity: str, sweep: str | None) -> Logger:
     import wandb
 
     # The identity as id: a resumed run goes on in the same place.
     folder = tempfile.mkdtemp(prefix="caldpo-wandb-") if is_remote(run_dir) else str(run_dir)
-    run = wandb.init(project="caldpo_ray", name=run_dir.name, dir=folder, config=config, id=identity, resume="allow")
+    same = {"id": identity if sweep is None else _digest(sweep, identity), "resume": "allow"}
+    run = wandb.init(project="caldpo_ray", group=sweep, name=run_dir.name, dir=folder, config=config, **same)
     return lambda step, values: run.log(values, step=step)
 
 
-def _mlflow(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
+def _mlflow(run_dir: Path, config: dict[str, Any], identity: str, sweep: str | None) -> Logger:
     import mlflow
 
-    mlflow.set_experiment("caldpo_ray")
+    mlflow.set_experiment("caldpo_ray" if sweep is None else f"caldpo_ray/{sweep}")
     mine = f"tags.identity = '{identity}' and attributes.run_name = '{run_dir.name}'"
     found = mlflow.search_runs(filter_string=mine, max_results=1, output_format="list")
     # A resumed run goes on in the same place.
@@ -85,7 +94,11 @@ def _mlflow(run_dir: Path, config: dict[str, Any], identity: str) -> Logger:
     return log
 
 
-LOGGERS: dict[str, Callable[[Path, dict[str, Any], str], Logger]] = {
+def _digest(*words: str) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
+
+
+LOGGERS: dict[str, Callable[[Path, dict[str, Any], str, str | None], Logger]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "mlflow": _mlflow,

@@ -2,7 +2,8 @@
 
 Every row weighs its `row_weights` entry (0 marks padding rows) and shares it equally among its pairs. Sums and counts
 are float64. Units: `rewards/*` are beta·h for objectives with a reference and beta times the mean token log-prob for
-those without (beta counts as 1 where the objective has none); `logratios/*`, `logps/*`, `calibration/error` are nats.
+those without (beta counts as 1 where the objective has none); `logratios/*`, `logps/*`, `calibration/error` are nats;
+`response_tokens/*` are tokens, EOS included.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from caldpo_ray.objectives.registry import Objective, Output
 from caldpo_ray.schema import Row
 
 Metrics = dict[str, tuple[Tensor, Tensor]]
+Shares = dict[str, tuple[Tensor, Tensor]]
 
 NUM_BINS = 15  # of the confidence, from 0.5 to 1
 
@@ -57,17 +59,54 @@ def preference_metrics(
 
     `loss_weights` [rows] multiply the loss and its terms, as in training, without counting as more rows.
     Reference-free objectives have no `logratios/*`; objectives on single responses have only `loss`, their terms,
-    `logps/chosen` and `nll` (per token, over all tokens). Rows without any pair count in `loss` alone.
+    `logps/chosen`, `response_tokens/chosen` and `nll` (per token, over all tokens). Rows without any pair count in `loss` alone.
     """
+    inputs = objective, output, policy_logps, reference_logps, lengths, response_scores, row_weights, loss_weights
+    of_rows, of_pairs, _ = _shares(*inputs)
+    return {name: (value.sum(), weight.sum()) for name, (value, weight) in (of_rows | of_pairs).items()}
+
+
+@torch.no_grad()
+def row_metrics(
+    objective: Objective,
+    output: Output,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    lengths: Tensor,
+    response_scores: Tensor | None,
+    row_weights: Tensor,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{name: (value [rows], weight [rows])}: what each row adds to the sum and to the count of `preference_metrics`."""
+    inputs = objective, output, policy_logps, reference_logps, lengths, response_scores, row_weights, None
+    found, of_pairs, row_of_pair = _shares(*inputs)
+    empty = torch.zeros(len(row_weights), dtype=torch.float64, device=row_weights.device)
+    for name, shares in of_pairs.items():
+        value, weight = (empty.index_add(0, row_of_pair, share) for share in shares)
+        found[name] = value, weight
+    return found
+
+
+def _shares(
+    objective: Objective,
+    output: Output,
+    policy_logps: Tensor,
+    reference_logps: Tensor | None,
+    lengths: Tensor,
+    response_scores: Tensor | None,
+    row_weights: Tensor,
+    loss_weights: Tensor | None,
+) -> tuple[Shares, Shares, Tensor]:
+    """(of rows, of pairs, row of each pair): every metric as weighted values and their weights, before they are summed."""
     rows = {"loss": output.losses, **{f"objective/{term}": values for term, values in output.terms.items()}}
     factors = torch.ones_like(row_weights) if loss_weights is None else loss_weights
-    metrics = {name: _weighted(values * factors, row_weights) for name, values in rows.items()}
+    of_rows = {name: _weighted(values * factors, row_weights) for name, values in rows.items()}
     if objective.min_responses == 1:
-        return metrics | _single_metrics(policy_logps[:, 0], lengths[:, 0], row_weights)
+        of_rows |= _single_metrics(policy_logps[:, 0], lengths[:, 0], row_weights)
+        return of_rows, {}, torch.empty(0, dtype=torch.long, device=row_weights.device)
     pairs = all_pairs(lengths, response_scores)
     weights = pairs.weights(row_weights)
     values = _pair_values(objective, pairs, policy_logps, reference_logps, lengths)
-    return metrics | {name: _weighted(value, weights) for name, value in values.items()}
+    return of_rows, {name: _weighted(value, weights) for name, value in values.items()}, pairs.valid.nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -96,7 +135,7 @@ def calibration_bins(
         return {}
     pairs = all_pairs(lengths, response_scores)
     weights = pairs.weights(row_weights)
-    rewards = _rewards(objective, policy_logps, reference_logps, lengths).double()
+    rewards = implicit_rewards(objective, policy_logps, reference_logps, lengths).double()
     margins = pairs.take_chosen(rewards) - pairs.take_rejected(rewards)
     confidence, outcome = torch.sigmoid(margins.abs()), (margins.sign() + 1) / 2
     bins = ((confidence - 0.5) * 2 * NUM_BINS).long().clamp(max=NUM_BINS - 1)
@@ -129,16 +168,20 @@ def finalise(metrics: Metrics) -> dict[str, float]:
     return means
 
 
-def _single_metrics(logps: Tensor, lengths: Tensor, row_weights: Tensor) -> Metrics:
+def _single_metrics(logps: Tensor, lengths: Tensor, row_weights: Tensor) -> Shares:
     nll, tokens = _weighted(-logps, row_weights)[0], _weighted(lengths, row_weights)[0]
-    return {"logps/chosen": _weighted(logps, row_weights), "nll": (nll, tokens)}
+    return {
+        "logps/chosen": _weighted(logps, row_weights),
+        "response_tokens/chosen": _weighted(lengths, row_weights),
+        "nll": (nll, tokens),
+    }
 
 
 def _pair_values(
     objective: Objective, pairs: Pairs, policy_logps: Tensor, reference_logps: Tensor | None, lengths: Tensor
 ) -> dict[str, Tensor]:
     """{name: [pairs]}"""
-    rewards = _rewards(objective, policy_logps, reference_logps, lengths)
+    rewards = implicit_rewards(objective, policy_logps, reference_logps, lengths)
     chosen, rejected = pairs.take_chosen(rewards), pairs.take_rejected(rewards)
     values = {
         "rewards/chosen": chosen,
@@ -147,6 +190,8 @@ def _pair_values(
         "rewards/accuracies": chosen > rejected,
         "logps/chosen": pairs.take_chosen(policy_logps),
         "logps/rejected": pairs.take_rejected(policy_logps),
+        "response_tokens/chosen": pairs.take_chosen(lengths),
+        "response_tokens/rejected": pairs.take_rejected(lengths),
     }
     if objective.needs_reference and reference_logps is not None:
         logratios = policy_logps - reference_logps
@@ -176,8 +221,10 @@ def _diagnostics(objective: Objective, h_w: Tensor, h_l: Tensor, reference_chose
     return values
 
 
-def _rewards(objective: Objective, policy_logps: Tensor, reference_logps: Tensor | None, lengths: Tensor) -> Tensor:
-    """[rows, k]; not finite where a row has no such response."""
+def implicit_rewards(
+    objective: Objective, policy_logps: Tensor, reference_logps: Tensor | None, lengths: Tensor
+) -> Tensor:
+    """[rows, k] beta·h, or without a reference beta times the mean token log-prob; not finite where a row has no such response."""
     beta: float = objective.parameters.get("beta", 1.0)
     if objective.needs_reference and reference_logps is not None:
         return beta * (policy_logps - reference_logps)
@@ -185,4 +232,4 @@ def _rewards(objective: Objective, policy_logps: Tensor, reference_logps: Tensor
 
 
 def _weighted(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    return (values.double() * weights.double()).sum(), weights.double().sum()
+    return values.double() * weights.double(), weights.double()

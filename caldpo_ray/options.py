@@ -23,6 +23,12 @@ class Options(BaseModel):
         return value
 
 
+class Section(Options):
+    """A part of the config."""
+
+    model_config = ConfigDict(validate_default=True)
+
+
 def one_rule(rule: str) -> WrapValidator:
     """For an option with several forms: what is wrong is told once, not once per form."""
 

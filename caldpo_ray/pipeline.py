@@ -5,8 +5,8 @@ Every stage knows its own input; only this module knows their order. `train` ret
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,12 @@ class Prepared:
     facts: list[RowCacheFacts]
     num_train: int
     num_eval: int
+    num_report: int = 0
+    """Of a sweep, which holds out rows in two halves: `num_eval` rows decide, these are reported on."""
+    sweep: str | None = None
+    """The name of the sweep of which this is a trial."""
+    side_by_side: bool | None = None
+    """Whether the cluster has room for policy and reference at once; None: to be found out."""
 
     @property
     def folders(self) -> list[str]:
@@ -85,7 +91,6 @@ def train(
 
 
 def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
-    identity = identity_digest(config)
     require_lasting_folders(config)
     changes = changed_execution_keys(config, RunDir(open_path(config.run_dir)))
     run = open_run_dir(config, fresh)
@@ -95,19 +100,30 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     _refuse_what_failed_before(config, run)
     for change in changes:
         say(f"changed since the last attempt: {change}")
-    run.write_status("running", None, "", identity)
-    try:
+    if config.sweep.objectives or config.sweep.space:
+        say("this config describes a sweep, which is for `caldpo sweep`; here its objective is trained alone")
+    say(f"{config.objective.name}: loss = {config.objective.formula}")
+    with attempt(config, run):
         connect(verbose)
         with full_disk_told(config.run_dir):
             prepared = prepare(config, run)
             fit(prepared)
             finish(prepared)
+    return run
+
+
+@contextmanager
+def attempt(config: Config, run: RunDir) -> Iterator[None]:
+    """What becomes of the body, in `status.json`."""
+    identity = identity_digest(config)
+    run.write_status("running", None, "", identity)
+    try:
+        yield
     except BaseException as error:
         with suppress(OSError):  # the reason to stop may be that nothing can be written
             _write_end(run, config, identity, error)
         raise
     run.write_status("complete", 0, "", identity)
-    return run
 
 
 def _write_end(run: RunDir, config: Config, identity: str, error: BaseException) -> None:
@@ -132,20 +148,24 @@ def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
         )
 
 
-def prepare(config: Config, run: RunDir, needs_workers: bool = True) -> Prepared:
-    """Models resolved, rows tokenised, store opened; what can be refused is refused before."""
+def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_responses: int | None = None) -> Prepared:
+    """Models resolved, rows tokenised, store opened; what can be refused is refused before.
+
+    `min_responses` of a row: what the objective asks for, unless others train on the same rows.
+    """
     require_installed(config.loggers, config.run_dir)
     require_objective(config.objective)
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
-    say(f"{objective.name}: loss = {objective.formula}")
     cache = open_path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
     facts = [
-        build_rows(source, config.data, model, policy.tokenizer, cache / "rows", objective.min_responses)
+        build_rows(
+            source, config.data, model, policy.tokenizer, cache / "rows", min_responses or objective.min_responses
+        )
         for source in sources
     ]
     make_folder(run.path)
@@ -242,31 +262,34 @@ def _reference_job(config: Config, frozen: ResolvedModel) -> ReferenceJob:
     return ReferenceJob(reference_model(model, settings, frozen.path, frozen.revision), key, dtype, settings, store)
 
 
-def fit(prepared: Prepared) -> None:
-    """Feed, reference pool and policy workers, until the last step is exported."""
+def fit(
+    prepared: Prepared,
+    watch: Callable[[Any, Path, int], AbstractContextManager[Any]] = Watcher,
+    controller: Any = None,
+) -> None:
+    """Feed, reference pool and policy workers, until the last step is exported.
+
+    `watch(feed, metrics, number of steps)` is entered meanwhile and shows how things go; `controller` as PolicyTrainer takes it.
+    """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
     from caldpo_ray.trainer import PolicyTrainer
 
     config, run = prepared.config, prepared.run
-    side_by_side = require_placeable(config, prepared.job is not None, needs_data=False)
+    side_by_side = prepared.side_by_side
+    if side_by_side is None:
+        side_by_side = require_placeable(config, prepared.job is not None, needs_data=False)
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        .remote(config, prepared.folders, prepared.job, _newest_step(run))
+        .remote(config, prepared.folders, prepared.job, _newest_step(run), prepared.num_report > 0)
     )
     feed.start.remote()
     if not side_by_side:
         say("the cluster has no room for policy and reference at once: the reference fills its store first")
         _get(feed.reference_complete.remote())
-    scaling = ScalingConfig(
-        num_workers=config.train.num_workers,
-        use_gpu=config.train.use_gpu,
-        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **({"GPU": 1} if config.train.use_gpu else {})},
-        label_selector=config.train.label_selector,
-    )
     ranked = {}
     if prepared.num_eval:
         ranked = {
@@ -275,8 +298,9 @@ def fit(prepared: Prepared) -> None:
         }
     trainer = PolicyTrainer(
         train_loop,
+        controller,
         train_loop_config=worker_settings(prepared, feed),
-        scaling_config=scaling,
+        scaling_config=_scaling(config),
         run_config=RunConfig(
             name="checkpoints",
             **ray_train_storage(run.path),
@@ -285,16 +309,31 @@ def fit(prepared: Prepared) -> None:
         ),
     )
     num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
-    with Watcher(feed, run.metrics, num_steps):
-        try:
-            trainer.fit()
-        except Exception as error:
-            ray.get(feed.progress.remote()).raise_failure()
-            raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
-    progress = ray.get(feed.progress.remote())
-    progress.raise_failure()
-    write_manifest(prepared, progress.places.values(), progress.reference)
-    ray.kill(feed)
+    try:
+        with watch(feed, run.metrics, num_steps):
+            try:
+                trainer.fit()
+            except Exception as error:
+                ray.get(feed.progress.remote()).raise_failure()
+                raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
+        progress = ray.get(feed.progress.remote())
+        progress.raise_failure()
+        write_manifest(prepared, progress.places.values(), progress.reference)
+    finally:
+        ray.kill(feed)
+
+
+def _scaling(config: Config) -> Any:
+    """The policy workers, as Ray Train takes them."""
+    from ray.train import ScalingConfig
+
+    gpus = {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
+    return ScalingConfig(
+        num_workers=config.train.num_workers,
+        use_gpu=config.train.use_gpu,
+        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
+        label_selector=config.train.label_selector,
+    )
 
 
 def _newest_step(run: RunDir) -> int:
@@ -344,6 +383,8 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
         and config.reference.dtype in (None, config.model.dtype),
         "num_train": prepared.num_train,
         "num_eval": prepared.num_eval,
+        "num_report": prepared.num_report,
+        "sweep": prepared.sweep,
     }
 
 

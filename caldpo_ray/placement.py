@@ -34,7 +34,7 @@ class Node:
 def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[Bundle]]:
     """(policy workers, reference actors) as bundles; a pool counts with its smallest size."""
     train, reference = config.train, config.reference
-    policy = {"CPU": train.num_cpus_per_worker, "GPU": 1.0 if train.use_gpu else 0.0}
+    policy = {"CPU": train.num_cpus_per_worker, "GPU": train.num_gpus_per_worker if train.use_gpu else 0.0}
     workers = [Bundle("policy worker", policy, train.label_selector or {})] * train.num_workers
     if not needs_reference:
         return workers, []

@@ -141,6 +141,9 @@ class _Writer:
     store: ReferenceStore | None
     distinct: Distinct
     lengths: npt.NDArray[np.int32]
+    progress: ReferenceProgress
+    charged: float = 0.0
+    """Seconds of scoring that are written beside answers."""
     pending: list[tuple[Indices, Floats]] = field(default_factory=list)
     last_flush: float = field(default_factory=time.monotonic)
 
@@ -154,7 +157,9 @@ class _Writer:
         if self.store is not None and self.pending:
             numbers = np.concatenate([part for part, _ in self.pending])
             logps = np.concatenate([part for _, part in self.pending])
-            self.store.append(self.distinct.digests[numbers], logps, self.lengths[self.distinct.first[numbers]])
+            seconds, self.charged = self.progress.busy_seconds - self.charged, self.progress.busy_seconds
+            tokens = self.lengths[self.distinct.first[numbers]]
+            self.store.append(self.distinct.digests[numbers], logps, tokens, seconds)
         self.pending = []
         self.last_flush = time.monotonic()
 
@@ -181,7 +186,7 @@ def reference_logps(
     missing, complete = _rows_to_score(rows, distinct, order, known)
     if not len(missing):
         return
-    writer = _Writer(job.store, distinct, rows.response_lengths())
+    writer = _Writer(job.store, distinct, rows.response_lengths(), progress)
     started = time.monotonic()
     try:
         order = np.concatenate([complete[:NUM_PROBES], missing])

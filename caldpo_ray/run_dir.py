@@ -91,6 +91,8 @@ def open_run_dir(config: Config, fresh: bool) -> RunDir:
     """
     run = RunDir(open_path(config.run_dir).absolute())
     exists = run.config.exists()
+    if (run.path / "sweep.yaml").exists():
+        raise InputError(f"run directory {run.path}: holds a sweep; choose another run.name")
     if exists and fresh:
         raise InputError(
             f"run directory {run.path}: exists already and --fresh never overwrites; choose another run.name"

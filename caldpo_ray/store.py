@@ -24,6 +24,7 @@ from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, rea
 
 VERSION = 1
 Digests = npt.NDArray[np.void]  # V16
+SECONDS = b"scoring_seconds"  # of a part's metadata
 SCHEMA = pa.schema([("digest", pa.binary(16)), ("logp", pa.float32()), ("tokens", pa.int32())])
 
 
@@ -70,18 +71,26 @@ class ReferenceStore:
         first = np.concatenate([[True], digests[1:] != digests[:-1]])
         return digests[first], logps[first].astype(np.float32, copy=False)
 
-    def append(self, digests: Digests, logps: Floats, tokens: npt.NDArray[np.int32]) -> None:
-        """Add entries as one part; readers see the whole part or none of it."""
+    def append(
+        self, digests: Digests, logps: Floats, tokens: npt.NDArray[np.int32], seconds: float | None = None
+    ) -> None:
+        """Add entries as one part; readers see the whole part or none of it. `seconds` is what they cost one actor to score."""
         column = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(16), len(digests), [None, pa.py_buffer(np.ascontiguousarray(digests).tobytes())]
         )
+        schema = SCHEMA if seconds is None else SCHEMA.with_metadata({SECONDS: f"{seconds:.6f}"})
         table = pa.Table.from_arrays(
-            [column, pa.array(logps, pa.float32()), pa.array(tokens, pa.int32())], schema=SCHEMA
+            [column, pa.array(logps, pa.float32()), pa.array(tokens, pa.int32())], schema=schema
         )
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue()
         write_atomically(self.folder / f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+
+    def seconds_per_response(self) -> float | None:
+        """What a log-prob in it cost one actor to score, on average; None where no part says."""
+        costs = [cost for path in self.folder.glob("part-*.parquet") if (cost := _cost(path)) is not None]
+        return sum(seconds for seconds, _ in costs) / sum(entries for _, entries in costs) if costs else None
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,14 @@ def _manifests(root: str | Path) -> list[Path]:
 def _num_entries(part: Path) -> int:
     with _readable(part), part.open("rb") as file:
         return int(pq.read_metadata(file).num_rows)
+
+
+def _cost(part: Path) -> tuple[float, int] | None:
+    """(seconds of scoring, entries), where the part says so."""
+    with _readable(part), part.open("rb") as file:
+        facts = pq.read_metadata(file)
+    told = (facts.metadata or {}).get(SECONDS)
+    return None if told is None else (float(told), int(facts.num_rows))
 
 
 def remove_reference(root: str | Path, key: str) -> None:

@@ -41,43 +41,67 @@ CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its defa
 
 
 class PolicyTrainer(DataParallelTrainer):
-    """Runs `train_loop_per_worker` in workers that share one torch process group."""
+    """Runs `train_loop_per_worker` in workers that share one torch process group.
 
-    def __init__(self, train_loop_per_worker: Any, **options: Any) -> None:
+    `controller` is a process that is there already and controls nothing else meanwhile (see `start_controller`).
+    """
+
+    def __init__(self, train_loop_per_worker: Any, controller: Any = None, **options: Any) -> None:
         super().__init__(train_loop_per_worker, backend_config=ProcessGroup(), **options)
+        self._controller = controller
 
     def _create_default_callbacks(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED_CALLBACKS)]
 
     def _initialize_and_run_controller(self, **of_the_run: Any) -> Any:
-        """As Ray's, with a runtime environment only where the user set variables for it.
-
-        A process with a runtime environment of its own imports Ray twice and cannot be one that Ray started ahead.
-        """
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        arguments = _controller_variables()
-        variables = {name: value for name, value in get_env_vars_to_propagate().items() if name not in arguments}
-        environment = {"runtime_env": {"env_vars": variables}} if variables else {}
-        controller_class = ray.remote(num_cpus=0, label_selector=here, **environment)(Controller)
-        controller = controller_class.remote(arguments, **of_the_run)
+        controller = self._controller or start_controller()
         try:
-            ray.get(controller.run.remote())
-            return ray.get(controller.get_result.remote())
+            return ray.get(controller.run.remote(of_the_run))
         except KeyboardInterrupt:  # Ray's own handler would end this process with code 0
             with suppress(RayError):
                 ray.get(controller.abort.remote(), timeout=SHUTDOWN_SECONDS)
             raise
 
 
-class Controller(TrainController):  # type: ignore[misc]
-    """Ray Train's controller, with what it reads from its environment as an argument."""
+def start_controller() -> Any:
+    """A process for one training after another, which ends with this one.
 
-    def __init__(self, variables: dict[str, str], **of_the_run: Any) -> None:
-        added = variables.keys() - os.environ.keys()
-        os.environ |= {name: variables[name] for name in added}
-        super().__init__(**of_the_run)
+    It has a runtime environment only where the user set variables for it: a process with one of its own imports Ray twice and
+    cannot be one that Ray started ahead.
+    """
+    here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+    arguments = _controller_variables()
+    variables = {name: value for name, value in get_env_vars_to_propagate().items() if name not in arguments}
+    environment = {"runtime_env": {"env_vars": variables}} if variables else {}
+    return ray.remote(num_cpus=0, label_selector=here, **environment)(Controller).remote(arguments)
+
+
+class Controller:
+    """Actor around Ray Train's controller: what that reads from its environment is an argument, and it is made anew per run."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self._variables = variables
+        self._of_the_run: TrainController | None = None
+
+    async def run(self, of_the_run: dict[str, Any]) -> Any:
+        """Control one training to its end; its result."""
+        added = self._variables.keys() - os.environ.keys()
+        os.environ |= {name: self._variables[name] for name in added}
+        self._of_the_run = controller = TrainController(**of_the_run)
         for name in added:  # or every worker would get them in a runtime environment
             del os.environ[name]
+        await controller.run()
+        return controller.get_result()
+
+    async def abort(self) -> None:
+        """End the training, its workers, and this process."""
+        assert self._of_the_run is not None
+        await self._of_the_run.abort()
+
+    async def get_all_reported_checkpoints(self, *arguments: Any) -> Any:
+        """Asked by the workers of the training that runs."""
+        assert self._of_the_run is not None
+        return await self._of_the_run.get_all_reported_checkpoints(*arguments)
 
 
 def _controller_variables() -> dict[str, str]:

@@ -24,7 +24,7 @@ from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
-from caldpo_ray.errors import InputError, RunError, find_error, last_line
+from caldpo_ray.errors import Diverged, InputError, RunError, find_error, last_line
 from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
 from caldpo_ray.imports import large_imports
@@ -36,6 +36,7 @@ from caldpo_ray.progress import this_place
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 from caldpo_ray.storage import open_path
+from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
 
 
@@ -115,7 +116,9 @@ class PolicyWorker:
         self.feed = settings["feed"]
         self.device = set_up_process(self.config.train)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.schedules: dict[SplitName, Schedule] = schedules(self.config, settings["num_train"], settings["num_eval"])
+        self.schedules: dict[SplitName, Schedule] = schedules(
+            self.config, settings["num_train"], settings["num_eval"], settings["num_report"]
+        )
         self.objective: Objective = get_objective(**self.config.objective.model_dump())
         self.attempt = self._agree_on_attempt()
         self.feed.place.remote(this_place("policy worker", self.rank))
@@ -136,7 +139,9 @@ class PolicyWorker:
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         if self.rank == 0:
-            self.loggers = open_loggers(self.config.loggers, self.run.path, settings["config"], settings["identity"])
+            self.loggers = open_loggers(
+                self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
+            )
 
     def _agree_on_attempt(self) -> int:
         """Later groups get higher numbers, also after the feed was restarted."""
@@ -156,7 +161,7 @@ class PolicyWorker:
                 self.ask_ahead("eval", 0)  # cut while the step runs
             line = self.train_step(step)
             step += 1
-            if self.rank == 0 and line:
+            if line:
                 self.write(line)
             if evaluates:
                 best = self.evaluate(step, best)
@@ -247,25 +252,29 @@ class PolicyWorker:
         """Metrics over all held-out rows, exact for any number of workers; keeps the best model; the new best value."""
         if self.evaluated.get("step") == step:
             return best
-        started = time.monotonic()
-        self.engine.eval()
-        parts = []
-        with torch.no_grad():
-            for number in range(self.schedules["eval"].num_steps):
-                parts += [
-                    self.forward(micro_batch, evaluating=True)[1]
-                    for micro_batch in self.next_share("eval", number).micro_batches
-                ]
-        line = self._line(step, "eval", self.reduce(metrics.merge(parts)), started)
+        line = self._measure("eval", step)
         self.evaluated = line
-        if self.rank == 0:
-            self.write(line)
+        self.write(line)
+        if self.settings["num_report"]:  # a sweep chooses by one half of the held-out rows and reports on the other
+            self.write(self._measure("report", step))
         self._require_best_metric(line)
         value = float(line[self.config.best_metric])
         if best is not None and (value >= best if self.config.best_is_smallest else value <= best):
             return best
         self.export(self.run.best)
         return value
+
+    def _measure(self, split: SplitName, step: int) -> dict[str, Any]:
+        started = time.monotonic()
+        self.engine.eval()
+        parts = []
+        with torch.no_grad():
+            for number in range(self.schedules[split].num_steps):
+                parts += [
+                    self.forward(micro_batch, evaluating=True)[1]
+                    for micro_batch in self.next_share(split, number).micro_batches
+                ]
+        return self._line(step, split, self.reduce(metrics.merge(parts)), started)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -344,16 +353,20 @@ class PolicyWorker:
             "split": split,
         }
         line |= metrics.finalise(totals)
-        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds}
+        line |= {"pairs_per_second": pairs / seconds, "tokens_per_second": tokens / seconds, "wall_seconds": seconds}
         line |= {"mfu": flops / seconds / self.peak_flops} if self.peak_flops else {}
         line |= dict(zip(self.waits, waits.tolist(), strict=True))
         self.waits = dict.fromkeys(self.waits, 0.0)
         return line
 
     def write(self, line: dict[str, Any]) -> None:
-        append_metrics(self.run.metrics, line)
-        for log in self.loggers:
-            log(line["step"], scalars(line))
+        """Rank 0 writes. All ranks have the same line, and raise Diverged where it breaks a rule of the sweep."""
+        if self.rank == 0:
+            append_metrics(self.run.metrics, line)
+            for log in self.loggers:
+                log(line["step"], scalars(line))
+        if self.settings["sweep"] is not None and (broken := broken_rule(self.config.sweep.stop, line)):
+            raise Diverged(broken)
 
     def _check_start(self, micro_batch: MicroBatch, gap: Tensor) -> None:
         """Before the first step the policy is the reference: every log-ratio is zero, or the two are not the same model."""
@@ -381,7 +394,7 @@ class PolicyWorker:
             names: list[Any] = [None] * self.world_size
             dist.all_gather_object(names, rows)
             listed = ", ".join(name for part in names for name in part)
-            raise RunError(
+            raise Diverged(
                 f"step {step + 1}: the loss is not finite; the step was not applied. Rows of its batch: {listed};"
                 " `caldpo preview CONFIG --row ID` shows file, line and tokens of one"
             )

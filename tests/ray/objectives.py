@@ -62,3 +62,11 @@ def _gated(rename: Any, folder: Path) -> Any:
         rename(source, target, **options)
 
     return gated
+
+
+def dies(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, at_once: bool) -> Tensor:
+    """The margin of the log-ratios, or the end of the process."""
+    if at_once:
+        os._exit(1)
+    log_ratios = policy_logps - reference_logps
+    return -0.1 * (log_ratios[:, 0] - log_ratios[:, 1])

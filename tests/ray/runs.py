@@ -22,7 +22,7 @@ from caldpo_ray.storage import local_copy, open_path, read_bytes
 from tests.conftest import wait_until
 
 WAITS = ("wait/reference_seconds", "wait/feed_seconds", "wait/checkpoint_seconds")
-TIMES = ("pairs_per_second", "tokens_per_second", "mfu", *WAITS)
+TIMES = ("pairs_per_second", "tokens_per_second", "wall_seconds", "mfu", *WAITS)
 
 
 def write_config(folder: Path, world: Path, **sections: dict[str, Any]) -> Path:

@@ -59,6 +59,27 @@ def test_scores_agree_with_the_metrics(baseline: RunDir, evaluated: dict[str, An
     assert evaluated["rewards/chosen"] == pytest.approx(rewards[:, 0].mean(), rel=1e-4)
 
 
+def test_what_the_evaluation_says_of_single_rows(baseline: RunDir, world: Path, evaluated: dict[str, Any]) -> None:
+    """Length bias, scores and overlaps against the files that the rows came from."""
+    train, rows = (
+        [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()] for name in ("train", "eval")
+    )
+    rewards = np.array([line["reward"] for line in scores_of(baseline.path / "scores.jsonl")]).reshape(-1, 2)
+    longer = np.array([len(row["chosen"].split()) > len(row["rejected"].split()) for row in rows])  # a word is a token
+    margins = rewards[:, 0] - rewards[:, 1]
+    assert evaluated["length_bias/accuracy_chosen_longer"] == pytest.approx((margins > 0)[longer].mean())
+    gaps = [row["chosen_score"] - row["rejected_score"] for row in rows]
+    assert evaluated["scores/correlation"] == pytest.approx(np.corrcoef(gaps, margins)[0, 1], abs=1e-4)
+    trained = {(row["prompt"], row[side]) for row in train for side in ("chosen", "rejected")}
+    findings = scores_of(baseline.path / "audit.jsonl")
+    shared = [line["shared_responses"] for line in findings if line["finding"] == "train_overlap"]
+    expected = [sum((row["prompt"], row[side]) in trained for side in ("chosen", "rejected")) for row in rows]
+    assert evaluated["audit"]["train_overlap"] == len(rows) and shared == expected, "the world has few prompts"
+    low, high = evaluated["logratios/margins_interval"]
+    half = 1.96 * margins.std(ddof=1) / 0.1 / len(rows) ** 0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-3)
+
+
 def test_a_world_run_is_sampled_beside_its_reference(baseline: RunDir, evaluated: dict[str, Any]) -> None:
     expected = sample_world(str(baseline.model), str(baseline.init), num_samples=NUM_SAMPLES, seed=7)
     assert {name: evaluated[f"world/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)

@@ -12,6 +12,8 @@ import torch
 from caldpo_ray.cli import main
 from caldpo_ray.config import load_config
 from caldpo_ray.objectives import get_objective
+from caldpo_ray.sweep_dir import SweepDir
+from caldpo_ray.sweep_plan import make_plan
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,13 @@ def test_the_other_config_and_objective(tmp_path: Path, monkeypatch: pytest.Monk
     assert losses.tolist() == [1.0, 6.0]
 
 
+def test_the_sweep(tmp_path: Path) -> None:
+    (run,) = re.findall(r"```yaml\n# my-run.yaml\n(.*?)```", README, re.DOTALL)
+    (sweep,) = re.findall(r"```yaml\n# my-sweep.yaml: all of my-run.yaml, and\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "my-sweep.yaml").write_text(run + sweep)
+    assert make_plan(load_config(tmp_path / "my-sweep.yaml"), SweepDir(tmp_path)).num_trials == 27
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make")])
 def test_make(command: str) -> None:
     done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
@@ -63,7 +72,7 @@ def test_align_your_own_model(
     shutil.copytree(world / "model", tmp_path / "my-model")
     shutil.copy(world / "train.jsonl", tmp_path / "preferences.jsonl")
     monkeypatch.chdir(tmp_path)
-    commands = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("caldpo ")]
+    commands = [shlex.split(command)[1:] for command in COMMANDS if re.match("caldpo (?!sweep)", command)]
     assert {verb for verb, *_ in commands} >= {"plan", "preview", "train", "evaluate", "export"}
     for verb, *arguments in commands:
         with pytest.raises(SystemExit) as stopped:

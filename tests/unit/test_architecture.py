@@ -17,7 +17,17 @@ NAMES = {
 }
 
 LAYERS = [
-    {"errors", "schema", "imports", "yaml_text", "options", "dotted", "objective_parameters", "config"},
+    {
+        "errors",
+        "schema",
+        "imports",
+        "yaml_text",
+        "options",
+        "dotted",
+        "objective_parameters",
+        "sweep_options",
+        "config",
+    },
     {
         "objectives",
         "allocator",
@@ -33,6 +43,12 @@ LAYERS = [
         "preview",
         "user_code",
         "world",
+        "drawing",
+        "run_figures",
+        "sweep_figures",
+        "report_page",
+        "search_space",
+        "comparison",
     },
     {
         "readers",
@@ -45,6 +61,7 @@ LAYERS = [
         "checkpoint",
         "resharding",
         "run_dir",
+        "sweep_dir",
         "loggers",
         "model_card",
         "progress",
@@ -54,7 +71,25 @@ LAYERS = [
         "input_stamp",
     },
     {"data", "reference", "feed", "training", "sampling"},
-    {"placement", "held_out", "pipeline", "reference_verbs", "evaluation", "export", "plan", "cli", "__main__"},
+    {
+        "placement",
+        "held_out",
+        "pair_analysis",
+        "pipeline",
+        "reference_verbs",
+        "sweep_trial",
+        "sweep_plan",
+        "sweep_search",
+        "sweep_run",
+        "sweep_results",
+        "sweeps",
+        "evaluation",
+        "export",
+        "plan",
+        "report",
+        "cli",
+        "__main__",
+    },
 ]
 # A stage never imports another, but for records: the feed joins the reference's answers, and workers read what the feed cuts.
 BETWEEN_STAGES = {("feed", "reference"), ("training", "feed"), ("training", "reference")}
@@ -99,6 +134,7 @@ def test_every_module_imports(name: str) -> None:
         ("caldpo_ray", {"torch", "ray", "transformers", "pydantic"}),
         ("caldpo_ray.cli", {"torch", "ray", "transformers"}),
         ("caldpo_ray.pipeline", {"torch", "ray", "transformers", "deepspeed"}),
+        ("caldpo_ray.sweep_run", {"torch", "transformers", "deepspeed"}),
         ("caldpo_ray.objectives", {"ray", "transformers", "deepspeed"}),
         ("caldpo_ray.logprobs", {"ray", "transformers", "deepspeed"}),
     ],

@@ -352,7 +352,7 @@ def test_an_unknown_key_names_the_nearest_one_of_any_section(path: Path, given: 
 
 
 def test_an_unknown_key_like_none_names_what_there_is(path: Path) -> None:
-    assert "known: run, model, data, reference, objective, train, loggers" in complaint(path, "nonsense=1")
+    assert "known: run, model, data, reference, objective, train, sweep, loggers" in complaint(path, "nonsense=1")
     assert "known: train.batch_size, train.best_metric" in complaint(path, "train.nonsense=1")
     assert "counts rows per device" in complaint(path, "per_device_train_batch_size=3")
 

@@ -17,6 +17,8 @@ from caldpo_ray.feed import (
     Share,
     SplitName,
     StaleAttempt,
+    count_halves,
+    split_halves,
     split_rows,
     steps_per_call,
 )
@@ -208,6 +210,23 @@ def test_rows_of_steps_already_done_are_scored_again_only_for_a_later_epoch(
 
 def names(share: Share) -> list[str]:
     return [row.row_id for part in share.micro_batches for row in part.rows]
+
+
+def test_the_halves_of_the_held_out_rows(folder: str) -> None:
+    """Together they are the held-out rows, none is in both, and each is served as a split of its own."""
+
+    async def run() -> None:
+        held_out = split_rows(RowCache([folder]), 0.6)[1]
+        halves = [half.tolist() for half in split_halves(RowCache([folder]), held_out)]
+        assert all(halves) and sorted(halves[0] + halves[1]) == held_out.tolist()
+        feed = Feed(config(folder, "data.eval=0.6"), [folder], None, in_halves=True)
+        for split, numbers in zip(("eval", "report"), halves, strict=True):
+            assert sorted(names(await share(feed, request(0, 0, 1, split=split)))) == [
+                f"{number:04d}" for number in numbers
+            ]
+        assert count_halves([folder], 0.6) == (len(halves[0]), len(halves[1]))
+
+    asyncio.run(run())
 
 
 def test_small_shares_travel_together_as_far_as_their_log_probs_are_known(folder: str) -> None:

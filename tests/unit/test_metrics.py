@@ -10,9 +10,11 @@ from caldpo_ray.metrics import (
     calibration_bins,
     expected_calibration_error,
     finalise,
+    implicit_rewards,
     merge,
     num_compared,
     preference_metrics,
+    row_metrics,
     row_tensors,
 )
 from caldpo_ray.objectives import get_objective
@@ -34,6 +36,8 @@ PAIR_NAMES = {
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "response_tokens/chosen",
+    "response_tokens/rejected",
 }
 
 
@@ -65,6 +69,8 @@ def test_values_of_a_calibrated_objective():
             "logratios/chosen_positive": 0.5,
             "logps/chosen": (-42 - 33.9) / 2,
             "logps/rejected": (-57.5 - 42.9) / 2,
+            "response_tokens/chosen": (20 + 17) / 2,
+            "response_tokens/rejected": (25 + 23) / 2,
             "calibration/error": ((2 + 2.5) / 2 + (5.7 + 3.1) / 2) / 2,
             "calibration/reachable": 1.0,
         }
@@ -127,7 +133,13 @@ def test_single_responses():
     metrics = measure(sft, POLICY[:, :1], None, LENGTHS[:, :1], bins=False)
     row_mean = (42 / 20 + 33.9 / 17) / 2
     assert finalise(metrics) == pytest.approx(
-        {"loss": row_mean, "objective/nll": row_mean, "logps/chosen": -75.9 / 2, "nll": 75.9 / 37}
+        {
+            "loss": row_mean,
+            "objective/nll": row_mean,
+            "logps/chosen": -75.9 / 2,
+            "response_tokens/chosen": 37 / 2,
+            "nll": 75.9 / 37,
+        }
     )
     assert finalise(measure(sft, weights=torch.tensor([0.0, 1.0]), bins=False))["nll"] == pytest.approx(33.9 / 17)
 
@@ -187,6 +199,22 @@ def test_every_row_weighs_one_however_many_pairs_it_has():
     # The row without a pair is a row of the loss (which it lowers) and of nothing else.
     losses = objective(policy, reference, lengths, response_scores=scores).losses
     assert means["loss"] == pytest.approx((losses[:3].sum() / 4).item())
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("cal_dpo", {"beta": 0.1}), ("cpo", {}), ("sft", {})])
+def test_rows_sum_to_the_whole(name, parameters):
+    objective, (policy, reference, lengths, scores, weights) = get_objective(name, **parameters), wide_batch()
+    output = objective(policy, reference, lengths, response_scores=scores)
+    rows = row_metrics(objective, output, policy, reference, lengths, scores, weights)
+    whole = preference_metrics(objective, output, policy, reference, lengths, scores, weights)
+    assert set(rows) == set(whole)
+    for key, (value, weight) in rows.items():
+        assert value.shape == weight.shape == (5,) and value[3] == weight[3] == 0, "row 3 is padding"
+        torch.testing.assert_close((value.sum(), weight.sum()), whole[key], rtol=1e-12, atol=1e-12)
+    if name != "sft":  # row 1 has two pairs, which share its weight
+        rewards = implicit_rewards(objective, policy, reference, lengths)[1]
+        expected = (rewards[0] - rewards[1] + rewards[0] - rewards[2]) / 2
+        assert rows["rewards/margins"][0][1] == pytest.approx(expected.item())
 
 
 def test_padding_rows_change_nothing():

@@ -45,6 +45,16 @@ def test_what_was_appended_is_joined_by_content_whatever_the_order(store: Refere
     assert np.isnan(found[5000:]).all()
 
 
+def test_parts_remember_what_they_cost(store: ReferenceStore) -> None:
+    """Parts of an older version say nothing, and count for nothing."""
+    entries(store, 1, 2, 3)
+    assert store.seconds_per_response() is None
+    store.append(digests(4, 5), np.zeros(2, np.float32), np.ones(2, np.int32), seconds=5.0)
+    store.append(digests(6, 7, 8), np.zeros(3, np.float32), np.ones(3, np.int32), seconds=1.0)
+    assert store.seconds_per_response() == pytest.approx(6 / 5)
+    assert len(store.load()[0]) == 8
+
+
 def test_equal_leading_bytes_are_never_joined_wrongly(store: ReferenceStore) -> None:
     entries(store, 1, 2, 3)
     found = join(digests(3, 9), *store.load())

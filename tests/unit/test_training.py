@@ -69,6 +69,18 @@ def test_wandb_offline_keeps_the_run_under_its_identity(tmp_path: Path, monkeypa
     assert [path.name for path in tmp_path.glob("wandb/offline-run-*-id0/*.wandb")] == ["run-id0.wandb"]
 
 
+def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sweeps with the same trial are two runs."""
+    wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    seen = []
+    for sweep in ("first", "second"):
+        open_loggers(["wandb"], tmp_path / sweep / "trials" / "dpo", {}, "id0", sweep)
+        seen.append((wandb.run.group, wandb.run.name, wandb.run.id))
+        wandb.finish()
+    assert [each[:2] for each in seen] == [("first", "dpo"), ("second", "dpo")] and seen[0][2] != seen[1][2]
+
+
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -77,9 +89,13 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
         (log,) = open_loggers(["mlflow"], tmp_path / "run", {}, "id0")
         log(step, scalars({"step": step, "split": "eval", "loss": 1 / step}))
         mlflow.end_run()
-    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    (run,) = mlflow.search_runs(experiment_names=["caldpo_ray"], output_format="list")
     values = mlflow.MlflowClient().get_metric_history(run.info.run_id, "eval/loss")
     assert [(value.step, value.value) for value in values] == [(7, 1 / 7), (8, 1 / 8)]
+    open_loggers(["mlflow"], tmp_path / "dpo", {}, "id1", "my-sweep")  # a trial
+    mlflow.end_run()
+    (trial,) = mlflow.search_runs(experiment_names=["caldpo_ray/my-sweep"], output_format="list")
+    assert trial.info.run_name == "dpo"
 
 
 def test_a_logger_that_cannot_start_is_one_message(tmp_path: Path) -> None:
