@@ -283,7 +283,7 @@ def fit(
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=_this_node())
         .remote(config, prepared.folders, prepared.job, _newest_step(run), prepared.num_report > 0)
     )
     feed.start.remote()
@@ -334,6 +334,14 @@ def _scaling(config: Config) -> Any:
         resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
         label_selector=config.train.label_selector,
     )
+
+
+def _this_node() -> Any:
+    """The driver's: an actor elsewhere would hold on to a node that an autoscaler could take back."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _newest_step(run: RunDir) -> int:

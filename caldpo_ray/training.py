@@ -33,6 +33,7 @@ from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.optimizers import learning_rate, make_optimizer
 from caldpo_ray.progress import this_place
+from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 from caldpo_ray.storage import open_path
@@ -138,6 +139,7 @@ class PolicyWorker:
         self.uploads = Uploads(self.run.path, self.rank, partial(tell_failure, settings))
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
+        self.published = RunMetrics(self.run.path.name)
         if self.rank == 0:
             self.loggers = open_loggers(
                 self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
@@ -363,6 +365,7 @@ class PolicyWorker:
         """Rank 0 writes. All ranks have the same line, and raise Diverged where it breaks a rule of the sweep."""
         if self.rank == 0:
             append_metrics(self.run.metrics, line)
+            self.published.show_line(line)
             for log in self.loggers:
                 log(line["step"], scalars(line))
         if self.settings["sweep"] is not None and (broken := broken_rule(self.config.sweep.stop, line)):

@@ -17,10 +17,9 @@ if [ -z "${RAY_AUTH_TOKEN:-}" ]; then
     export RAY_AUTH_TOKEN_PATH=$token_file
 fi
 
-# Whoever reaches the dashboard port and has the token runs code as you: it listens on this machine alone. Metrics ask for no
-# token, so their port is fixed, for a firewall to name.
+# Whoever reaches one of Ray's ports and has the token runs code as you. The dashboard listens on this machine alone; the others
+# are open to the network, for other machines to join, and metrics ask for no token: a firewall keeps strangers out.
 exec ray start --head --block --disable-usage-stats \
-    --node-ip-address="${RAY_NODE_IP:-127.0.0.1}" \
     --port="${RAY_GCS_PORT:-6379}" \
     --dashboard-host=127.0.0.1 --dashboard-port="${RAY_DASHBOARD_PORT:-8265}" \
     --metrics-export-port="${RAY_METRICS_PORT:-8080}" \
