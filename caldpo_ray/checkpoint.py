@@ -33,6 +33,8 @@ class TrainerState:
     world_size: int
     zero_stage: int
     best_metric: float | None
+    skipped_steps: int = 0
+    """Those that were left out because a loss or gradient was not finite."""
 
 
 def save(engine: Any, state: TrainerState, folder: Path) -> None:

@@ -78,12 +78,19 @@ def preview(
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None, verbose: Verbose = False) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Try a few rows on the cluster: speeds and costs.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
     """Check config, a sample of the data, memory, resources and labels; start nothing."""
     from caldpo_ray.config import load_config
     from caldpo_ray.plan import plan as look
 
-    for line in look(load_config(config, overrides or []), verbose):
+    for line in look(load_config(config, overrides or []), verbose, measure):
         typer.echo(line)
 
 
@@ -97,10 +104,27 @@ def evaluate(
     scores: Annotated[str | None, typer.Option(help="Write one implicit reward per response here.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for eval.json; default: the run or model.")] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Samples drawn from a model of the world.")] = 1000,
+    generate: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Let policy and reference answer N held-out prompts, too.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Who prefers one: package.module:function, or an OpenAI-compatible URL.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model to ask at that URL.")] = None,
+    judge_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 60.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a generated answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token every time.")] = 1.0,
     verbose: Verbose = False,
 ) -> None:
     """Held-out metrics of a run or a model folder, written as eval.json."""
     from caldpo_ray.evaluation import evaluate as measure
+    from caldpo_ray.generation import Generations
+
+    if generate is None and judge is not None:
+        raise InputError(f"--judge {judge}: judges generated answers; give --generate N as well")
+    asked = None
+    if generate is not None:
+        asked = Generations(generate, judge, judge_model, judge_timeout, max_new_tokens, temperature)
 
     measure(
         run_or_model,
@@ -111,6 +135,7 @@ def evaluate(
         scores=scores,
         output=output,
         num_samples=num_samples,
+        generations=asked,
         verbose=verbose,
     )
 

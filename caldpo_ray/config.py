@@ -242,6 +242,12 @@ class TrainSection(Section):
     """How often a run goes on from its last checkpoint after it lost a worker, before it stops."""
     placement_timeout_seconds: Annotated[float, Field(gt=0), EXECUTION] = 120.0
     """How long the run may wait for resources before it stops and names what is missing."""
+    wait_timeout_seconds: Annotated[float, Field(gt=0), EXECUTION] = 1800.0
+    """How long workers wait for one another, for rows and for storage before the run stops and says for what."""
+    on_nonfinite: Annotated[Literal["stop", "skip"], EXECUTION] = "stop"
+    """At a loss or gradient that is not finite: stop, or go on without that step."""
+    max_skipped_steps: Annotated[int, Field(ge=0, lt=2**31), EXECUTION] = 10
+    """How many steps may be left out before the run stops all the same."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
     @field_validator("num_gpus_per_worker")

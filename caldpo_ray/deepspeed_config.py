@@ -16,6 +16,7 @@ OURS = {
     "optimizer": "train.optimizer and train.learning_rate",
     "scheduler": "train.lr_scheduler",
     "bf16.enabled": "model.dtype",
+    "bf16.check_grad_overflow": "train.on_nonfinite",
     "fp16.enabled": "model.dtype (fp16 overflows for small beta; use bfloat16)",
     "zero_optimization.stage": "train.deepspeed.zero_stage",
     "zero_optimization.offload_optimizer.device": "train.deepspeed.offload_optimizer",
@@ -23,6 +24,7 @@ OURS = {
 }
 # What DeepSpeed takes where we say nothing; None for the others.
 DEFAULTS = {
+    "bf16.check_grad_overflow": True,
     "fp16.enabled": False,
     "zero_optimization.offload_optimizer.device": "none",
     "zero_optimization.offload_param.device": "none",

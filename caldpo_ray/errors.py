@@ -26,6 +26,10 @@ class Diverged(RunError):
     """The run went where going on is no use: a loss that is not finite, or a rule of `sweep.stop`. The message names it."""
 
 
+class OutOfMemory(RuntimeError):
+    """A micro-batch did not fit into memory. The next group of workers cuts smaller ones, and no restart is counted for it."""
+
+
 KINDS = (NotReady, InputError, Diverged, RunError)  # the more special first
 
 

@@ -23,7 +23,9 @@ from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.export import read_model_manifest
 from caldpo_ray.feed import split_rows
-from caldpo_ray.held_out import HeldOut, describe, table, write_scores
+from caldpo_ray.generation import GenerationJob, Generations, Speaker, compare
+from caldpo_ray.held_out import GENERATED, HeldOut, describe, table, write_scores
+from caldpo_ray.judging import Judge, open_judge
 from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import Objective, get_objective
@@ -51,6 +53,7 @@ def evaluate(
     output: str | Path | None = None,
     overrides: Sequence[str] = (),
     num_samples: int = 1000,
+    generations: Generations | None = None,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Metrics of the model of a run directory, or of a model folder or hub id, on held-out rows.
@@ -64,19 +67,16 @@ def evaluate(
     evaluation, `counts` of the rows behind each (tokens for `nll`), their 95 % intervals as `<name>_interval`, length bias,
     calibration bins and, where rows have scores, implicit rewards against them (see `pair_analysis`), and on the embedded
     world `world/*` from `num_samples` samples (see `sampling.sample_world`). Beside it `audit.jsonl` names by id the rows
-    that deserve a second look. The file `scores` gets one JSON line per response. Raises InputError for bad input and
-    RunError when scoring fails.
+    that deserve a second look. The file `scores` gets one JSON line per response. With `generations`, policy and reference answer
+    held-out prompts too, and a judge says who is better (see `generation.compare`). Raises InputError for bad input and RunError
+    when scoring, generating or judging fails; what is written by then stays.
     """
     with reaching("evaluate", run_or_model):
         subject = _asked_for(_open(open_path(run_or_model), data, overrides), reference, beta, output)
     config = subject.config
     objective = get_objective(**subject.parameters.model_dump()) if subject.parameters else None
-    _require_writable(subject.home, "--output")
-    _require_writable(subject.cache, "run.output_dir=")
-    if scores is not None:
-        if open_path(scores).is_dir():
-            raise InputError(f"--scores {scores}: is a folder; give a file in it")
-        _require_writable(open_path(scores).absolute().parent, "--scores")
+    judge = None if generations is None else _open_judge(generations, subject)
+    _require_outputs(subject, scores)
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
     connect(verbose)
@@ -99,6 +99,11 @@ def evaluate(
     if scores is not None:
         write_scores(open_path(scores), objective, held_out)
     _conclude(subject.home, result, findings)
+    if generations is not None:
+        job = _generation_job(generations, subject, policy, frozen)
+        result |= compare(subject.home, job, folder, numbers, generations.num_prompts, judge)
+        _write_result(subject.home, result)
+        say("\n".join([f"{result['generated/prompts']} prompts answered:", *table(result, GENERATED)]))
     return result
 
 
@@ -202,6 +207,15 @@ def _asked_for(subject: Subject, reference: str | None, beta: float | None, outp
     return replace(subject, home=home, parameters=parameters)
 
 
+def _require_outputs(subject: Subject, scores: str | Path | None) -> None:
+    _require_writable(subject.home, "--output")
+    _require_writable(subject.cache, "run.output_dir=")
+    if scores is not None:
+        if open_path(scores).is_dir():
+            raise InputError(f"--scores {scores}: is a folder; give a file in it")
+        _require_writable(open_path(scores).absolute().parent, "--scores")
+
+
 def _require_writable(folder: Path, option: str) -> None:
     try:
         with reaching(option, folder):
@@ -282,10 +296,14 @@ def _describe_rows(
 def _conclude(home: Path, result: dict[str, Any], findings: list[dict[str, Any]]) -> None:
     """Write both files and show what one looks at first."""
     write_atomically(home / "audit.jsonl", "".join(json.dumps(line) + "\n" for line in findings))
-    write_atomically(home / "eval.json", json.dumps(result, indent=1))
+    _write_result(home, result)
     say("\n".join([f"{result['eval_rows']} held-out rows, [95 % intervals]:", *table(result)]))
     say(f"rows to look at, in {home / 'audit.jsonl'}: {_describe_audit(result['audit'])}")
     say(f"evaluation in {home / 'eval.json'}")
+
+
+def _write_result(home: Path, result: dict[str, Any]) -> None:
+    write_atomically(home / "eval.json", json.dumps(result, indent=1))
 
 
 def _training_rows(subject: Subject) -> tuple[RowCache, Indices] | None:
@@ -341,6 +359,34 @@ def _our_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise find_error(error) or RunError(f"{what} stopped: {last_line(error)}") from error
+
+
+# -- generations ---------------------------------------------------------------------------------------------------
+
+
+def _open_judge(asked: Generations, subject: Subject) -> Judge | None:
+    if asked.judge is None:
+        return None
+    if subject.reference is None:
+        raise InputError(
+            f"--judge {asked.judge}: compares with a reference, and {subject.policy.name} has none; give --reference PATH"
+        )
+    return open_judge(asked.judge, asked.judge_model, asked.judge_timeout)
+
+
+def _generation_job(
+    asked: Generations, subject: Subject, policy: ResolvedModel, frozen: ResolvedModel | None
+) -> GenerationJob:
+    config = subject.config
+    dtypes = {"policy": config.model.dtype, "reference": config.reference.dtype or config.model.dtype}
+    speakers = {
+        role: Speaker(
+            reference_model(config.model, config.reference, model.path, model.revision), dtypes[role], model.weights
+        )
+        for role, model in (("policy", policy), ("reference", frozen))
+        if model is not None
+    }
+    return GenerationJob(speakers, config.reference, asked.max_new_tokens, asked.temperature, config.run.seed)
 
 
 # -- the world -----------------------------------------------------------------------------------------------------

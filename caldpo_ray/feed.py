@@ -25,6 +25,7 @@ from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logp
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Layout, Row
 from caldpo_ray.store import distinct_responses
+from caldpo_ray.waiting import wait_for
 
 SplitName = Literal["train", "eval", "report"]
 EVAL_BATCH_ROWS = 256
@@ -101,6 +102,8 @@ class Request:
     """Of how many global batches in a row the answer may hold the shares."""
     layout: Layout
     chunk_positions: int
+    micro_batch_tokens: int | None = None
+    """Where the workers found less to fit into their memory than the config says."""
 
 
 @dataclass
@@ -175,22 +178,26 @@ def schedules(config: Config, num_train: int, num_eval: int, num_report: int = 0
 class ShareQueue:
     """A worker's side: its shares of the global batches of a split, in order; while it computes, the next ones are cut."""
 
-    def __init__(self, feed: Any, first: Request, num_steps: int) -> None:
-        self._feed, self._next, self._num_steps = feed, first, num_steps
+    def __init__(self, feed: Any, first: Request, num_steps: int, wait_seconds: float) -> None:
+        self._feed, self._next, self._num_steps, self._wait_seconds = feed, first, num_steps, wait_seconds
         self._ready: deque[Share] = deque()
         self._asked: Any = None
         self._ask()
 
     def take(self) -> tuple[Share, float]:
-        """(the next share, seconds waited for it). Raises what stopped the feed."""
-        import ray
-
+        """(the next share, seconds waited for it). Raises what stopped the feed, and RunError if nothing comes for too long."""
         started = time.monotonic()
         if not self._ready:
-            self._ready.extend(ray.get(self._asked))
+            what = f"the rows of step {self._next.step + 1} ({self._next.split}) and their reference log-probs"
+            self._ready.extend(wait_for(self._asked, what, self._wait_seconds, self._reference))
             self._next = replace(self._next, step=self._next.step + len(self._ready))
             self._ask()
         return self._ready.popleft(), time.monotonic() - started
+
+    def _reference(self) -> ReferenceProgress | None:
+        """What the reference has done so far: while that changes, the wait goes on."""
+        progress: Progress = wait_for(self._feed.progress.remote(), "the feed", self._wait_seconds)
+        return progress.reference
 
     def _ask(self) -> None:
         if self._next.step < self._num_steps:
@@ -317,12 +324,12 @@ class Feed:
 
     def _plan(self, request: Request, step: int, numbers: Indices) -> list[list[MicroBatchPlan]]:
         """The cut of one batch, the same object for all ranks."""
-        key = (request.split, step, request.world_size, request.layout, request.chunk_positions)
+        budget = request.micro_batch_tokens or self._config.train.micro_batch_tokens
+        key = (request.split, step, request.world_size, request.layout, request.chunk_positions, budget)
         if key not in self._plans:
             prompts, scored = self._prompt_lengths[numbers], self._scored_lengths[numbers]
             copies = self._counts[numbers] if request.layout == "concatenated" else 1
             lengths = (prompts * copies + scored).tolist()
-            budget = self._config.train.micro_batch_tokens
             while len(self._plans) >= KEPT_BATCHES:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = plan_batch(

@@ -1,7 +1,7 @@
 """Held-out rows with the log-probs of their responses, and what is reported about them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -22,6 +22,10 @@ SHOWN = (
     "loss", "nll", ACCURACY, "rewards/margins", "logratios/chosen", "logratios/rejected", "logratios/margins",
     "length_bias/accuracy_chosen_longer", "length_bias/accuracy_chosen_shorter", "calibration/error", "calibration/ece",
     "world/true_reward", "world/grammatical", "world/kl",
+)  # fmt: skip
+GENERATED = (
+    "judge/win_rate", "judge/consistent", "judge/first_preferred",
+    "generated/tokens_policy", "generated/tokens_reference", "generated/ended_policy", "generated/ended_reference",
 )  # fmt: skip
 # Shares of rows: their intervals stay within 0 and 1.
 SHARES = (ACCURACY, "logratios/chosen_positive", "calibration/reachable", "objective/active", "objective/clamped")
@@ -153,10 +157,10 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)  # at 0 and 1 rounding may step over
 
 
-def table(result: dict[str, Any]) -> list[str]:
+def table(result: dict[str, Any], names: Sequence[str] = SHOWN) -> list[str]:
     """What one looks at first in an evaluation, a line each: name, value, and the 95 % interval where it has one."""
     lines = []
-    for name in SHOWN:
+    for name in names:
         if name not in result:
             continue
         value, interval = result[name], result.get(f"{name}_interval")

@@ -17,19 +17,15 @@ from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows,
 from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
 from caldpo_ray.errors import InputError, NotReady, RunError, find_error, last_line
 from caldpo_ray.export import write_model_manifest
-from caldpo_ray.feed import Feed, count_split, schedules
+from caldpo_ray.feed import Feed, Progress, count_split, schedules
 from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
-from caldpo_ray.placement import OWN_CLUSTER, require_placeable
+from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
-from caldpo_ray.reference import (
-    ReferenceJob,
-    ReferenceProgress,
-    reference_model,
-)
+from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
     RunDir,
     changed_execution_keys,
@@ -50,6 +46,7 @@ from caldpo_ray.storage import (
 )
 from caldpo_ray.store import ReferenceStore, store_key
 from caldpo_ray.user_code import require_objective
+from caldpo_ray.waiting import FEED_SECONDS, wait_for
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,8 @@ def attempt(config: Config, run: RunDir) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # the reason to stop may be that nothing can be written
+        # The reason to stop may be that nothing can be written, or that a newer attempt writes there.
+        with suppress(OSError, InputError, RunError):
             _write_end(run, config, identity, error)
         raise
     run.write_status("complete", 0, "", identity)
@@ -169,6 +167,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
         for source in sources
     ]
     make_folder(run.path)
+    run.require_held()
     write_run_quarantine(facts, run.quarantine)
     for source, fact in zip(sources, facts, strict=True):
         reused = ", tokenised earlier" if fact.reused else ""
@@ -186,7 +185,9 @@ def _count_rows(config: Config, facts: list[RowCacheFacts]) -> tuple[int, int]:
     import ray
 
     task = ray.remote(count_split).options(num_cpus=READ_CPUS, label_selector=config.data.label_selector)
-    num_train, num_eval = _get(task.remote(facts[0].folder, config.data.eval))
+    num_train, num_eval = _get(
+        task.remote(facts[0].folder, config.data.eval), "a task that counts held-out rows", config
+    )
     if not num_train:
         raise InputError(f"data.eval = {config.data.eval}: holds out every row; lower it")
     return num_train, num_eval
@@ -235,7 +236,8 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     if (recalled := recall_model(name, init, weights)) is not None:
         return recalled
     task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
-    return _get(task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights))  # type: ignore[no-any-return]
+    answer = task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights)
+    return _get(answer, f"a task that looks at model {name}", config)  # type: ignore[no-any-return]
 
 
 def _resolve_reference(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ResolvedModel:
@@ -289,7 +291,7 @@ def fit(
     feed.start.remote()
     if not side_by_side:
         say("the cluster has no room for policy and reference at once: the reference fills its store first")
-        _get(feed.reference_complete.remote())
+        _get(feed.reference_complete.remote(), "reference log-probs", config, news=lambda: _progress(feed).reference)
     ranked = {}
     if prepared.num_eval:
         ranked = {
@@ -299,12 +301,16 @@ def fit(
     trainer = PolicyTrainer(
         train_loop,
         controller,
+        placement_seconds=config.train.placement_timeout_seconds,
+        wait_seconds=config.train.wait_timeout_seconds,
         train_loop_config=worker_settings(prepared, feed),
-        scaling_config=_scaling(config),
+        scaling_config=scaling(config),
         run_config=RunConfig(
             name="checkpoints",
             **ray_train_storage(run.path),
-            failure_config=FailureConfig(max_failures=config.train.max_failures),
+            failure_config=FailureConfig(
+                max_failures=config.train.max_failures, controller_failure_limit=config.train.max_failures
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints, **ranked),
         ),
     )
@@ -314,26 +320,22 @@ def fit(
             try:
                 trainer.fit()
             except Exception as error:
-                ray.get(feed.progress.remote()).raise_failure()
-                raise find_error(error) or RunError(f"training stopped: {last_line(error)}") from error
-        progress = ray.get(feed.progress.remote())
+                raise _why_stopped(error, _progress(feed), config) from error
+        progress = _progress(feed)
         progress.raise_failure()
         write_manifest(prepared, progress.places.values(), progress.reference)
     finally:
         ray.kill(feed)
 
 
-def _scaling(config: Config) -> Any:
-    """The policy workers, as Ray Train takes them."""
-    from ray.train import ScalingConfig
+def _why_stopped(error: Exception, progress: Progress, config: Config) -> Exception:
+    """What to tell of the error that Ray Train ended with. Raises what a worker or the feed has told already."""
+    from caldpo_ray.trainer import never_started
 
-    gpus = {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
-    return ScalingConfig(
-        num_workers=config.train.num_workers,
-        use_gpu=config.train.use_gpu,
-        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
-        label_selector=config.train.label_selector,
-    )
+    progress.raise_failure()
+    if never_started(error):
+        return not_placed(config, progress.started)
+    return find_error(error) or RunError(f"training stopped: {last_line(error)}")
 
 
 def _this_node() -> Any:
@@ -365,13 +367,15 @@ def train_loop(settings: dict[str, Any]) -> None:
     train_loop_per_worker(settings)
 
 
-def _get(reference: Any) -> Any:
-    import ray
-
+def _get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
     try:
-        return ray.get(reference)
+        return wait_for(reference, what, config.train.wait_timeout_seconds, news)
     except Exception as error:
         raise find_error(error) or error from None
+
+
+def _progress(feed: Any) -> Progress:
+    return wait_for(feed.progress.remote(), "the feed", FEED_SECONDS)  # type: ignore[no-any-return]
 
 
 def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
@@ -384,6 +388,7 @@ def worker_settings(prepared: Prepared, feed: Any) -> dict[str, Any]:
         "config": values,
         "model": model.model_dump(mode="json"),
         "run_dir": str(prepared.run.path),
+        "token": prepared.run.token,
         "feed": feed,
         "identity": identity_digest(config),
         "reference_key": None if prepared.job is None else prepared.job.key,
@@ -403,6 +408,7 @@ def write_manifest(prepared: Prepared, places: Iterable[Place], scoring: Referen
     """
     from importlib.metadata import version
 
+    prepared.run.require_held()
     packages = ("caldpo-ray", "ray", "torch", "transformers", "deepspeed", "peft")
     facts = {
         "versions": {name: version(name) for name in packages},
@@ -427,6 +433,7 @@ def write_manifest(prepared: Prepared, places: Iterable[Place], scoring: Referen
 def finish(prepared: Prepared) -> None:
     """A card beside the weights; the last evaluation as `eval.json`."""
     run, config = prepared.run, prepared.config
+    run.require_held()
     finish_metrics(run.metrics)
     lines = read_metrics(run.metrics)
     evaluations = [line for line in lines if line["split"] == "eval"]
@@ -437,7 +444,8 @@ def finish(prepared: Prepared) -> None:
     if evaluations:
         write_atomically(run.eval, json.dumps(evaluations[-1], indent=1))
     trained = [line for line in lines if line["split"] == "train"]
-    say(f"last step of training: {describe_metrics(trained[-1])}")
+    if trained:  # else every step was left out
+        say(f"last step of training: {describe_metrics(trained[-1])}")
     if evaluations:
         say(f"held-out rows:         {describe_metrics(evaluations[-1])}")
     say(f"done: model in {run.model}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from caldpo_ray.config import Config
 from caldpo_ray.data import TOKENISE_CPUS
-from caldpo_ray.errors import NotReady
+from caldpo_ray.errors import InputError, NotReady, RunError
 
 Resources = dict[str, float]
 # On the one node of a cluster that `connect` started for this process alone.
@@ -22,6 +22,9 @@ class Bundle:
     role: str
     resources: Resources
     labels: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        return ", ".join(f"{amount:g} {kind}" for kind, amount in self.resources.items() if amount) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,44 @@ def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[B
     return workers, [Bundle("reference actor", frozen, reference.label_selector or {})] * actors
 
 
+def scaling(config: Config) -> Any:
+    """The policy workers, as Ray Train takes them."""
+    from ray.train import ScalingConfig
+
+    gpus = {"GPU": config.train.num_gpus_per_worker} if config.train.use_gpu else {}
+    return ScalingConfig(
+        num_workers=config.train.num_workers,
+        use_gpu=config.train.use_gpu,
+        resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
+        label_selector=config.train.label_selector,
+    )
+
+
 def data_task(config: Config) -> Bundle:
     """One of the tasks that read and tokenise rows; they end before workers and actors start."""
     return Bundle("data task", {"CPU": TOKENISE_CPUS, "GPU": 0.0}, config.data.label_selector or {})
 
 
-def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
-    """The first bundle that fits nowhere when all are placed largest first, or None."""
-    free = [dict(node.resources) for node in nodes]
+def assign(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, Node | None]]:
+    """Each bundle, largest first, with the first node that has room for it beside those before; None where none has."""
+    free, found = [dict(node.resources) for node in nodes], []
     for bundle in sorted(wanted, key=lambda b: (-b.resources["GPU"], -len(b.labels), -b.resources["CPU"])):
+        place = None
         for node, left in zip(nodes, free, strict=True):
             if _matches(bundle.labels, node.labels) and all(
                 left.get(k, 0.0) >= v - 1e-9 for k, v in bundle.resources.items()
             ):
                 for key, amount in bundle.resources.items():
                     left[key] = left.get(key, 0.0) - amount
+                place = node
                 break
-        else:
-            return bundle
-    return None
+        found.append((bundle, place))
+    return found
+
+
+def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
+    """The first bundle that fits nowhere when all are placed largest first, or None."""
+    return next((bundle for bundle, node in assign(wanted, nodes) if node is None), None)
 
 
 def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
@@ -135,9 +157,26 @@ def ask_autoscaler(wanted: Sequence[Bundle]) -> None:
     request_resources(bundles=[r for r, _ in shapes], bundle_label_selectors=[labels for _, labels in shapes])
 
 
+def not_placed(config: Config, started: bool) -> InputError | RunError:
+    """Policy workers fit the cluster, but others hold what they need: RunError for a run that had `started`, else NotReady."""
+    import ray
+
+    bundle = bundles(config, needs_reference=False)[0][0]
+    free = ray.available_resources()
+    text = (
+        f"resources: {config.train.num_workers} policy workers were not placed within"
+        f" train.placement_timeout_seconds = {config.train.placement_timeout_seconds:g}: each needs {_needs(bundle)}; the whole"
+        f" cluster has {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free now, of which this run's other processes need"
+        " some; end what else runs there, or raise train.placement_timeout_seconds and start the run again"
+    )
+    return RunError(text) if started else NotReady(text)
+
+
+def _needs(bundle: Bundle) -> str:
+    return bundle.describe() + (f" on a node labelled {bundle.labels}" if bundle.labels else " on one node")
+
+
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
-    needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.resources.items() if amount) or "nothing"
-    label = f" on a node labelled {bundle.labels}" if bundle.labels else " on one node"
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
         f" labels {_own_labels(node.labels)}"
@@ -157,7 +196,7 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
     }[bundle.role]
     join = "" if may_grow(nodes) else ", or set RAY_ADDRESS to a larger cluster"
     return (
-        f"resources: a {bundle.role}{wanted} needs {needs}{label}{beside} and fits on no node ({listed}); change"
+        f"resources: a {bundle.role}{wanted} needs {_needs(bundle)}{beside} and fits on no node ({listed}); change"
         f" {keys}{join}"
     )
 

@@ -1,27 +1,46 @@
 """The pipeline looked at, not run: how rows become tokens, and whether a run can work on this cluster."""
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from caldpo_ray.batching import Schedule
 from caldpo_ray.config import Config
 from caldpo_ray.data import make_row
 from caldpo_ray.deepspeed_config import deepspeed_config, zero_stage
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
-from caldpo_ray.models import load_tokenizer, pinned_revision
+from caldpo_ray.models import load_tokenizer, pinned_revision, recall_model
 from caldpo_ray.pipeline import connect
-from caldpo_ray.placement import live_nodes, require_placeable
+from caldpo_ray.placement import (
+    Bundle,
+    Node,
+    assign,
+    bundles,
+    data_task,
+    live_nodes,
+    require_placeable,
+    unplaced,
+)
 from caldpo_ray.progress import describe_bytes
-from caldpo_ray.run_dir import require_lasting_folders
-from caldpo_ray.schema import BadRow, RawRecord, Row
+from caldpo_ray.run_dir import RunDir, require_lasting_folders
+from caldpo_ray.schema import BadRow, Floats, RawRecord, Row
 from caldpo_ray.sources import SourceFile, iterate, list_sources
-from caldpo_ray.tokenization import check_tokenizer, row_id
+from caldpo_ray.storage import open_path
+from caldpo_ray.store import ReferenceStore, join, store_key
+from caldpo_ray.tokenization import check_tokenizer, response_digest, row_id
 from caldpo_ray.user_code import require_objective
 
 SAMPLE_ROWS = 256
+COUNTED_BYTES = 2**25  # of files whose rows are counted: a second's work
+ENTRY_BYTES = 24  # of the reference store: digest, log-prob, tokens; digests do not compress
+LEAST_REACHABLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -115,10 +134,11 @@ def _records(source: str) -> Iterator[tuple[SourceFile, int, RawRecord | BadRow]
                 yield file, line, record
 
 
-def plan(config: Config, verbose: bool = False) -> Iterator[str]:
+def plan(config: Config, verbose: bool = False, measured: bool = False) -> Iterator[str]:
     """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work.
 
-    The cluster is asked, or a local one started, for the last lines alone.
+    The cluster is asked, or a local one started, for the last lines alone. `measured` tries a few rows on it, too, for speeds,
+    costs, and the share of rows whose calibration target is reachable; the run itself is not started and nothing is written.
     """
     yield f"objective  {config.objective.name}: {config.objective.formula}"
     require_lasting_folders(config)
@@ -129,10 +149,63 @@ def plan(config: Config, verbose: bool = False) -> Iterator[str]:
     if config.reference.name_or_path is not None:
         pinned_revision(config.reference.name_or_path, config.reference.revision)
     sample, _ = sample_rows(config, SAMPLE_ROWS)
+    num_rows, num_held_out = count_rows(config, sample)
     yield from _data_lines(sample)
+    yield from _size_lines(config, sample, num_rows, num_held_out)
+    num_trials = _count_trials(config)
+    if num_trials:
+        yield f"sweep      {len(config.sweep.objectives)} objectives, {num_trials} trials of so many rows each"
+    yield from _store_lines(config, sample, num_rows, num_held_out)
     yield from _memory_lines(config)
     connect(verbose)
     yield from _placement_lines(config)
+    if measured:
+        yield from _measured_lines(config, sample, num_rows, num_trials)
+
+
+def _count_trials(config: Config) -> int:
+    """Of a sweep, whose points are all looked at; 0 where the config describes none."""
+    if not config.sweep.objectives:
+        return 0
+    from caldpo_ray.sweep_dir import SweepDir
+    from caldpo_ray.sweep_plan import make_plan
+
+    return make_plan(config, SweepDir(open_path(config.run_dir))).num_trials
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def count_rows(config: Config, sample: Sample) -> tuple[int | None, int]:
+    """(usable training rows, held-out rows), about, if as many rows are usable as in the sample; None: nobody knows."""
+    usable = len(sample.rows) / (len(sample.rows) + sample.bad.total())
+    found = estimate_rows(config.data.train)
+    if found is None:
+        return None, 0
+    total, held_out = found * usable, config.data.eval
+    if isinstance(held_out, str):
+        return round(total), round((estimate_rows(held_out) or 0) * usable)
+    return round(total * (1 - (held_out or 0.0))), round(total * (held_out or 0.0))
+
+
+def estimate_rows(source: str) -> int | None:
+    """Records of a source: counted where it is small, else by the size of its files; None where that says nothing."""
+    files = list_sources(source)
+    sizes = [file.size_bytes for file in files if file.size_bytes is not None]
+    if len(sizes) == len(files) and sum(sizes) <= COUNTED_BYTES:
+        return sum(len(batch) for file in files for batch in iterate(file, SAMPLE_ROWS))
+    if len(sizes) < len(files) or any(file.compression or file.kind == "parquet" for file in files):
+        return None
+    records = [record for _, _, record in itertools.islice(_records(source), SAMPLE_ROWS)]
+    names = files[0].kind != "csv"
+    length = sum(_text_length(record, names) for record in records if not isinstance(record, BadRow)) / len(records)
+    return round(sum(sizes) / length)
+
+
+def _text_length(record: RawRecord, names: bool) -> int:
+    """Bytes that a record takes in a file, with the names of its columns or without."""
+    text = json.dumps(record if names else list(record.values()), ensure_ascii=False)
+    return len(text.encode()) + 1
 
 
 def _data_lines(sample: Sample) -> Iterator[str]:
@@ -147,48 +220,164 @@ def _data_lines(sample: Sample) -> Iterator[str]:
         yield f"           {number} rows cannot be used: {reason}"
 
 
+def _size_lines(config: Config, sample: Sample, num_rows: int | None, num_held_out: int) -> Iterator[str]:
+    train = config.train
+    if num_rows is None:
+        yield "           how many rows there are is known when they are read"
+        return
+    steps = Schedule(num_rows, train.batch_size, train.epochs, 0, False, train.max_steps).num_steps
+    tokens = num_rows * sum(row.num_tokens for row, _ in sample.rows) / len(sample.rows)
+    yield (
+        f"           about {num_rows:,} rows to train on ({tokens / 1e6:,.1f} M tokens) and {num_held_out:,} held out;"
+        f" {steps:,} steps of {train.batch_size}"
+    )
+
+
+# -- reference store -----------------------------------------------------------------------------------------------
+
+
+def _store_lines(config: Config, sample: Sample, num_rows: int | None, num_held_out: int) -> Iterator[str]:
+    if not config.objective.needs_reference:
+        return
+    if config.reference.store is None:
+        yield "store      none (reference.store = null): every run scores its rows again"
+    elif num_rows is not None:
+        per_row = sum(len(row.response_ids) for row, _ in sample.rows) / len(sample.rows)
+        responses = (num_rows + num_held_out) * per_row
+        yield f"store      about {responses:,.0f} log-probs, {describe_bytes(responses * ENTRY_BYTES)}"
+    known = _known_logps(config, sample)
+    if known is None:
+        return
+    count = int(np.isfinite(known).sum())
+    yield f"           knows {count} of the {len(known)} chosen responses looked at"
+    if count:
+        yield from _reachable_lines(config, known[np.isfinite(known)])
+
+
+def _known_logps(config: Config, sample: Sample) -> Floats | None:
+    """What the store says of the sample's chosen responses, NaN where nothing; None where its model was never looked at."""
+    if config.reference.store is None:
+        return None
+    run, cache = RunDir(open_path(config.run_dir)), open_path(config.run.output_dir).absolute() / ".cache"
+    name, init = config.reference.name_or_path, run.path / "reference_init"
+    if name is None:
+        name, init = config.model.name_or_path, run.init
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    model = recall_model(name, init, cache / "models.json")
+    if model is None:
+        return None
+    key = store_key(model.weights, config.reference.dtype or config.model.dtype)
+    digests = b"".join(response_digest(row.prompt_ids, row.response_ids[0]) for row, _ in sample.rows)
+    store = ReferenceStore(open_path(config.reference.store).absolute() / key)
+    return join(np.frombuffer(digests, "V16"), *store.load())
+
+
+def _reachable_lines(config: Config, chosen_logps: Floats) -> Iterator[str]:
+    """A log-ratio is at most minus the reference's log-prob, and a target above that is out of reach."""
+    target = config.objective.calibration_target
+    if target is not None:
+        share = float((target <= -chosen_logps).mean())
+        yield (
+            f"target     log-ratio of chosen responses {target:g} nats (1/(2 beta)): reachable in {share:.0%} of"
+            f" {len(chosen_logps)} rows" + ("; raise objective.beta" if share < LEAST_REACHABLE else "")
+        )
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
 def _memory_lines(config: Config) -> Iterator[str]:
-    """Weights, gradients and optimiser state per worker; activations depend on the micro-batch and are not in here."""
-    parameters, trainable = count_parameters(config)
-    width = 4 if config.model.dtype == "float32" else 2
-    states = {"adamw": 2, "rmsprop": 1}[config.train.optimizer]
-    master = 0 if width == 4 else 4
-    workers, stage = config.train.num_workers, zero_stage(config)
-    yield f"model      {parameters / 1e6:.1f} M parameters, {trainable / 1e6:.1f} M trained, {config.model.dtype}"
-    shares = {
-        "weights": parameters * width / (workers if stage == 3 else 1),
-        "gradients": trainable * width / (workers if stage >= 2 else 1),
-        "optimiser": trainable * (4 * states + master) / (workers if stage >= 1 else 1),
-    }
+    """Weights, gradients and optimiser state per worker at every stage, and what a micro-batch takes on top."""
+    from caldpo_ray.footprint import STAGES, footprint
+
+    found, train, stage = footprint(config), config.train, zero_stage(config)
+    yield (
+        f"model      {found.parameters / 1e6:.1f} M parameters, {found.trained / 1e6:.1f} M trained, {config.model.dtype}"
+    )
+    shares = found.of_worker(stage, train.num_workers)
     listed = ", ".join(f"{name} {describe_bytes(size)}" for name, size in shares.items())
-    yield f"memory     per policy worker at ZeRO-{stage}: {describe_bytes(sum(shares.values()))} ({listed}) plus activations"
+    yield f"memory     per policy worker at ZeRO-{stage}: {describe_bytes(sum(shares.values()))} ({listed})"
+    batch = found.of_micro_batch(train.micro_batch_tokens)
+    yield (
+        "           plus activations, which cannot be told for this family"
+        if batch is None
+        else (
+            f"           plus about {describe_bytes(batch)} for a micro-batch of train.micro_batch_tokens ="
+            f" {train.micro_batch_tokens:,}, {describe_bytes(found.logits)} of it for logits"
+        )
+    )
+    totals = [
+        f"ZeRO-{other} {describe_bytes(sum(found.of_worker(other, train.num_workers).values()))}" for other in STAGES
+    ]
+    yield f"           with {train.num_workers} worker{'s' * (train.num_workers > 1)}: {', '.join(totals)}"
+    offloaded = train.deepspeed.offload_optimizer, train.deepspeed.offload_param
+    for name, moved in zip(("optimiser", "weights"), offloaded, strict=True):
+        if moved:
+            yield f"           of which the {name} lie{'s' * (name == 'optimiser')} in CPU memory (offloaded)"
     if config.objective.needs_reference:
         num_gpus = config.reference.num_gpus_per_actor
         over = f" over {num_gpus:g} GPUs" if num_gpus > 1 else ""
-        yield f"           per reference actor: {describe_bytes(parameters * width)}{over} plus activations"
+        yield f"           per reference actor: {describe_bytes(found.of_reference)}{over} plus activations"
 
 
-def count_parameters(config: Config) -> tuple[int, int]:
-    """(all, trained) parameters, without memory for them. Raises InputError where weights and config are not one model's."""
-    import torch
-
-    from caldpo_ray.models import add_lora, empty_model
-
-    model = config.model
-    built = empty_model(model.name_or_path, model.revision, model.trust_remote_code)
-    total = sum(parameter.numel() for parameter in built.parameters())
-    if model.lora is not None:
-        with torch.device("meta"):
-            built = add_lora(built, model.lora, config.run.seed)
-    return total, sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+# -- the cluster ---------------------------------------------------------------------------------------------------
 
 
 def _placement_lines(config: Config) -> Iterator[str]:
-    side_by_side = require_placeable(config, config.objective.needs_reference)
-    for node in live_nodes():
+    """Every process with the node that has room for it, before a process that has none is refused."""
+    needs_reference = config.objective.needs_reference
+    workers, actors = bundles(config, needs_reference)
+    nodes = live_nodes()
+    for node in nodes:
         yield f"node       {node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU"
+    together = unplaced([*workers, *actors], nodes) is None
+    groups = [[data_task(config)], [*workers, *actors]] if together else [[data_task(config)], workers, actors]
+    for group in groups:
+        yield from describe_places(assign(group, nodes))
+    side_by_side = require_placeable(config, needs_reference)
     yield "placement  " + (
         "policy workers and reference actors fit side by side"
         if side_by_side
         else "the reference fills its store first, then hands its place to the policy workers"
     )
+
+
+def describe_places(assigned: list[tuple[Bundle, Node | None]]) -> Iterator[str]:
+    """A line for all processes of a role on a node."""
+    counts = Counter((bundle.role, bundle.describe(), node.name if node else "no node") for bundle, node in assigned)
+    for (role, needs, name), count in counts.items():
+        yield f"           {count} {role}{'s' * (count > 1)}, {needs}{' each' * (count > 1)}: {name}"
+
+
+def _measured_lines(config: Config, sample: Sample, num_rows: int | None, num_trials: int) -> Iterator[str]:
+    from caldpo_ray.timing import actors_needed, measure, run_cost
+
+    policy, reference = measure(config, [row for row, _ in sample.rows])
+    yield (
+        f"measured   policy worker: {policy.rows_per_second:,.1f} rows/s, {policy.tokens_per_second:,.0f} tokens/s forward and"
+        f" backward{_peak(policy.peak_bytes)}"
+    )
+    if reference is not None:
+        needed = actors_needed(config, policy, reference)
+        yield (
+            f"           reference actor: {reference.rows_per_second:,.1f} rows/s, {reference.tokens_per_second:,.0f} tokens/s"
+            f"{_peak(reference.peak_bytes)}"
+        )
+        yield (
+            f"           reference.num_actors = {config.reference.num_actors}: {needed} keep{'s' * (needed == 1)} up with"
+            f" {config.train.num_workers} policy worker{'s' * (config.train.num_workers > 1)}"
+        )
+        yield from _reachable_lines(config, np.array(reference.chosen_logps, np.float32))
+    if num_rows is not None:
+        cost, unit = run_cost(config, num_rows, policy, reference), "GPU" if config.train.use_gpu else "CPU"
+        yield (
+            f"cost       about {cost.policy / 3600:.2g} {unit}-hours of policy workers and {cost.reference / 3600:.2g} of"
+            " reference actors, without starts, evaluations and the optimiser's steps"
+        )
+        if num_trials:
+            hours = cost.device_hours(num_trials)
+            yield f"           about {hours:.2g} {unit}-hours for {num_trials} trials over one reference"
+
+
+def _peak(peak_bytes: int | None) -> str:
+    return "" if peak_bytes is None else f", at most {describe_bytes(peak_bytes)} of its GPU without the optimiser"

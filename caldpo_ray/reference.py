@@ -276,27 +276,37 @@ def _score(
     quiet_data_context().execution_options.preserve_order = True
     size = max(ROWS_PER_REQUEST, len(order) // 2000)
     blocks = [order[start : start + size] for start in range(0, len(order), size)]
-    settings = job.settings
-    low, high = (
-        settings.num_actors if isinstance(settings.num_actors, tuple) else (settings.num_actors, settings.num_actors)
-    )
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
         answers = ray.data.from_numpy(blocks).map_batches(
             ReferenceScorer,
             fn_constructor_args=(job, folders, feed),
             batch_size=ROWS_PER_REQUEST,
             # While one request is scored, the next one is unpacked and the answers before are sent.
-            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high, max_concurrent_calls_per_actor=2),
-            num_cpus=settings.num_cpus_per_actor,
-            num_gpus=settings.num_gpus_per_actor or None,
-            label_selector=settings.label_selector,
-            max_restarts=MAX_ACTOR_RESTARTS,  # has no named parameter yet, and Ray Data's default is for ever
+            **actor_pool(job.settings, calls_per_actor=2),
         )
     for batch in answers.iter_batches(batch_size=None, batch_format="numpy"):
         raise_told(str(batch["error"][0]))
         progress.busy_seconds += float(batch["busy_seconds"].sum())
         progress.idle_seconds += float(batch["idle_seconds"].sum())
         yield batch["response"], batch["logp"]
+
+
+def actor_pool(settings: ReferenceSection, calls_per_actor: int) -> dict[str, Any]:
+    """Where Ray Data runs the actors of a pool, and how many of them: arguments of `map_batches`."""
+    import ray.data
+
+    low, high = (
+        settings.num_actors if isinstance(settings.num_actors, tuple) else (settings.num_actors, settings.num_actors)
+    )
+    return {
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=low, max_size=high, max_concurrent_calls_per_actor=calls_per_actor
+        ),
+        "num_cpus": settings.num_cpus_per_actor,
+        "num_gpus": settings.num_gpus_per_actor or None,
+        "label_selector": settings.label_selector,
+        "max_restarts": MAX_ACTOR_RESTARTS,  # has no named parameter yet, and Ray Data's default is for ever
+    }
 
 
 def reference_model(model: ModelSection, settings: ReferenceSection, path: str, revision: str | None) -> ModelSection:

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import socket
+import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from caldpo_ray.config import Config, load_config, save_config
-from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.storage import is_remote, open_path, probe_write, reaching, read_bytes, read_json, write_atomically
 
 State = Literal["running", "complete", "failed", "interrupted"]
@@ -23,6 +26,8 @@ class RunDir:
     """Paths of one run directory; names are fixed."""
 
     path: Path
+    token: str | None = None
+    """Of the attempt that opened this directory to write there; None for whoever only reads it."""
 
     @property
     def config(self) -> Path:
@@ -53,6 +58,16 @@ class RunDir:
         return self.path / "best"
 
     @property
+    def attempt(self) -> Path:
+        """Who may write here: the attempt that came last."""
+        return self.path / "attempt.json"
+
+    @property
+    def memory(self) -> Path:
+        """How many tokens of a micro-batch fitted into memory, where the config asks for too many."""
+        return self.path / "memory.json"
+
+    @property
     def init(self) -> Path:
         return self.path / "init"
 
@@ -73,9 +88,45 @@ class RunDir:
     def write_status(
         self, state: State, exit_code: int | None, reason: str, identity: str, inputs: str | None = None
     ) -> None:
-        """`inputs` is the stamp of what was wrong (see `input_stamp`), where it stays wrong until somebody changes it."""
+        """`inputs` is the stamp of what was wrong (see `input_stamp`), where it stays wrong until somebody changes it.
+
+        Raises RunError where another attempt has taken the directory over.
+        """
+        self.require_held()
         facts = {"state": state, "exit_code": exit_code, "reason": reason, "identity": identity, "inputs": inputs}
         write_atomically(self.status, json.dumps(facts, indent=1))
+
+    def claim(self) -> "RunDir":
+        """This directory for a new attempt to write in; every older one finds out before it writes again."""
+        token = uuid.uuid4().hex
+        facts = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%F %T %z")}
+        write_atomically(self.attempt, json.dumps(facts, indent=1))
+        return RunDir(self.path, token)
+
+    def require_held(self) -> None:
+        """Asked before everything that an attempt writes. Raises RunError where a newer one has taken the directory over.
+
+        What is being written at that moment is written; the newer attempt reads and writes nothing but its claim for seconds.
+        """
+        if self.token is None:
+            return
+        now = read_json(self.attempt, "start the run again", "token", "host", "pid", "started")
+        if now["token"] != self.token:
+            raise RunError(
+                f"run directory {self.path}: another attempt of this run has taken it over (process {now['pid']} on {now['host']},"
+                f" started {now['started']}); this older one stops, and writes no more there"
+            )
+
+    def micro_batch_tokens(self, asked: int) -> int:
+        """`asked`, the option, or what an earlier attempt came down to because so many did not fit into memory."""
+        if not self.memory.exists():
+            return asked
+        found = read_json(self.memory, "delete it", "asked", "tokens")
+        return int(found["tokens"]) if found["asked"] == asked else asked
+
+    def remember_micro_batch_tokens(self, asked: int, tokens: int) -> None:
+        """Holds until the option changes."""
+        write_atomically(self.memory, json.dumps({"asked": asked, "tokens": tokens}))
 
 
 def identity_digest(config: Config) -> str:
@@ -84,7 +135,7 @@ def identity_digest(config: Config) -> str:
 
 
 def open_run_dir(config: Config, fresh: bool) -> RunDir:
-    """Create the run directory, or reopen it for the same run.
+    """Create the run directory, or reopen it for the same run; claimed by this attempt either way.
 
     Raises InputError when it holds another run, when `fresh` asks for a new one and it exists, or when the folder cannot be
     written. Ask `require_lasting_folders` first.
@@ -100,6 +151,7 @@ def open_run_dir(config: Config, fresh: bool) -> RunDir:
     if exists:
         _require_same_run(config, load_config(run.config), run.path)
     require_writable(config)
+    run = run.claim()
     write_atomically(run.config, save_config(config))
     return run
 

@@ -1,11 +1,11 @@
-"""Sampling a policy on the embedded world, where every response can be judged by its true reward."""
+"""Sampling from a policy: after any prompt, and on the embedded world, where every response can be judged by its true reward."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from caldpo_ray.batching import head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection
@@ -59,23 +59,13 @@ def sample_responses(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[s
     A response ends with EOS, or without it after MAX_RESPONSE_TOKENS. The same seed gives the same samples.
     """
     prompt_ids = {prompt: _prompt_ids(prompt, tokenizer) for prompt in set(prompts)}
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    width = max(map(len, prompt_ids.values()))
-    context = np.full((len(prompts), width), pad)
-    mask = np.zeros_like(context)
-    for at, prompt in enumerate(prompts):
-        length = len(prompt_ids[prompt])
-        context[at, width - length :], mask[at, width - length :] = prompt_ids[prompt], 1
-    model.generation_config = GenerationConfig()  # a model's own may cut the tail of its distribution
     plain = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_RESPONSE_TOKENS, eos_token_id=eos,
-        pad_token_id=pad, use_cache=True,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_RESPONSE_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        texts = model.generate(torch.tensor(context), attention_mask=torch.tensor(mask), generation_config=plain)
-    responses = [_until_eos(ids, eos) for ids in texts[:, width:].numpy().astype(np.int32)]
+        responses = continue_prompts(model, [prompt_ids[prompt] for prompt in prompts], plain)
     unscored = np.full(1, np.nan, np.float32)
     return [
         Row(str(at), prompt_ids[prompt], [ids], unscored)
@@ -91,9 +81,50 @@ def _prompt_ids(prompt: str, tokenizer: Any) -> Tokens:
     return row.prompt_ids
 
 
-def _until_eos(ids: Tokens, eos: int) -> Tokens:
-    ends = np.flatnonzero(ids == eos)
-    return ids[: ends[0] + 1] if len(ends) else ids
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel, prompts: Sequence[Tokens], how: GenerationConfig, processors: Sequence[LogitsProcessor] = ()
+) -> list[Tokens]:
+    """What the model says after each prompt, up to and with the first of `how.eos_token_id`, on the model's own device.
+
+    The model's own generation settings count for nothing: they may cut the tail of its distribution.
+    """
+    ends: list[int] = [how.eos_token_id] if isinstance(how.eos_token_id, int) else how.eos_token_id
+    width = max(map(len, prompts))
+    context = np.full((len(prompts), width), ends[0])
+    mask = np.zeros_like(context)
+    for at, ids in enumerate(prompts):
+        context[at, width - len(ids) :], mask[at, width - len(ids) :] = ids, 1
+    model.generation_config = GenerationConfig()
+    how.pad_token_id, how.use_cache = ends[0], True
+    texts = model.generate(
+        torch.tensor(context, device=model.device), attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=how, logits_processor=LogitsProcessorList(processors),
+    )  # fmt: skip
+    return [_until_end(ids, ends) for ids in texts[:, width:].cpu().numpy().astype(np.int32)]
+
+
+def _until_end(ids: Tokens, ends: list[int]) -> Tokens:
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: found[0] + 1] if len(found) else ids
+
+
+class SeededNoise(LogitsProcessor):  # type: ignore[misc]
+    """Noise that makes the most likely token a sample: argmax(logits / temperature + Gumbel) is distributed as the softmax.
+
+    Every row has a seed, so that what it gets depends neither on the rows beside it nor on how often it was asked before, and
+    two models that are asked with the same seeds differ by what they are, as little by chance as can be.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float, device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        waits = torch.empty_like(scores)
+        for wait, generator in zip(waits, self._generators, strict=True):
+            wait.exponential_(generator=generator)
+        return scores / self._temperature - waits.log()
 
 
 def response_text(ids: Tokens, tokenizer: Any) -> str:

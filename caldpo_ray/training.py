@@ -4,10 +4,9 @@ Each worker takes one dictionary, rebuilds the config and touches no globals. Th
 count of the global batch, so accumulation and sharding do not change it.
 """
 
-import contextlib
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,91 +19,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caldpo_ray import checkpoint, metrics
+from caldpo_ray.alarms import Alarms
 from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
-from caldpo_ray.config import Config, ModelSection, TrainSection
-from caldpo_ray.deepspeed_config import deepspeed_config
-from caldpo_ray.errors import Diverged, InputError, RunError, find_error, last_line
+from caldpo_ray.config import Config, ModelSection
+from caldpo_ray.engine import build_engine, set_up_process, spoil_step, take_step
+from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line
+from caldpo_ray.faults import leave_out, of_all_ranks, rows_not_finite, within_memory
 from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
-from caldpo_ray.imports import large_imports
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
-from caldpo_ray.optimizers import learning_rate, make_optimizer
+from caldpo_ray.optimizers import learning_rate
 from caldpo_ray.progress import this_place
 from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
-from caldpo_ray.storage import open_path
+from caldpo_ray.storage import make_folder, open_path, write_atomically
 from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
+from caldpo_ray.waiting import DUMPED_AT, FEED_SECONDS, Watchdog, wait_for
 
-
-def set_up_process(train: TrainSection) -> torch.device:
-    """Threads and device of this worker; before DeepSpeed is imported, which looks for its accelerator once."""
-    context = ray.train.get_context()
-    on_gpu = train.use_gpu and torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(train.num_threads_per_worker or max(1, cores // context.get_local_world_size()))
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-@contextlib.contextmanager
-def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """ZeRO-3 splits parameters while the model loads: transformers does so as long as this object lives."""
-    if settings["zero_optimization"]["stage"] < 3:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-
-    partitioner = HfDeepSpeedConfig(settings)
-    yield
-    del partitioner
-
-
-@contextlib.contextmanager
-def without_compiler(device: torch.device) -> Iterator[None]:
-    """DeepSpeed compiles a function of an optimiser (Muon) at import: that loads all of torch.compile, seconds of start-up.
-
-    Not on a GPU: what torch.compile reads of the environment then holds for the process, and attention is compiled there.
-    """
-    if device.type == "cpu":
-        os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    yield
-    os.environ.pop("TORCHDYNAMO_DISABLE", None)
-
-
-@large_imports()
-def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
-    """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
-    import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
-
-    from caldpo_ray.models import add_lora, load_model
-    from caldpo_ray.scoring import ResponseScorer, choose_layout
-
-    # DeepSpeed would compile an all-reduce that only inference calls: it needs a compiler, and seconds of every start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Before anything is partitioned: DeepSpeed reads the world size from its own wrapper of the process group.
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    settings = deepspeed_config(config, dist.get_world_size())
-    with partitioned_loading(settings):
-        policy = load_model(model, config.model.dtype)
-        if config.model.lora is not None:
-            policy = add_lora(policy, config.model.lora, config.run.seed)
-    if config.model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.enable_input_require_grads()
-    policy.to(device)
-    scorer = ResponseScorer(policy, pad_id=0)
-    optimizer = make_optimizer(scorer, config.train)
-    with without_compiler(device):
-        engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=settings, dist_init_required=False)
-    choice = choose_layout(scorer)
-    scorer.layout, scorer.misfit = choice.layout, choice.reason
-    return engine
+HELD_SECONDS = 10.0  # between two looks at whether this attempt still holds the run directory
 
 
 class PolicyWorker:
@@ -113,7 +50,7 @@ class PolicyWorker:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.config = Config.model_validate(settings["config"])
         self.settings = settings
-        self.run = RunDir(open_path(settings["run_dir"]))
+        self.run = RunDir(open_path(settings["run_dir"]), settings["token"])
         self.feed = settings["feed"]
         self.device = set_up_process(self.config.train)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -121,9 +58,11 @@ class PolicyWorker:
             self.config, settings["num_train"], settings["num_eval"], settings["num_report"]
         )
         self.objective: Objective = get_objective(**self.config.objective.model_dump())
-        self.attempt = self._agree_on_attempt()
+        self.wait_seconds = self.config.train.wait_timeout_seconds
+        self.watchdog = Watchdog(DUMPED_AT * self.wait_seconds, self._stands_still)
+        self.attempt, self.micro_batch_tokens = self._agree_on_attempt()
         self.feed.place.remote(this_place("policy worker", self.rank))
-        self.rows_digest: str = ray.get(self.feed.rows_digest.remote())
+        self.rows_digest: str = wait_for(self.feed.rows_digest.remote(), "the feed to open the rows", self.wait_seconds)
         self.checkpoint = ray.train.get_checkpoint()
         self.state = self._read_checkpoint()
         self.policy = ModelSection.model_validate(settings["model"])
@@ -136,7 +75,10 @@ class PolicyWorker:
         self.chunk_positions = head_chunk_positions(vocab_size)
         self.queues: dict[SplitName, ShareQueue] = {}
         self.evaluated: dict[str, float] = {}
-        self.uploads = Uploads(self.run.path, self.rank, partial(tell_failure, settings))
+        self.skipped_steps = 0 if self.state is None else self.state.skipped_steps
+        self.alarms = Alarms()
+        self.held_at = time.monotonic()
+        self.uploads = Uploads(self.run, self.rank, self.wait_seconds, partial(tell_failure, settings))
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         self.published = RunMetrics(self.run.path.name)
@@ -145,11 +87,20 @@ class PolicyWorker:
                 self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
             )
 
-    def _agree_on_attempt(self) -> int:
-        """Later groups get higher numbers, also after the feed was restarted."""
-        number = torch.tensor([time.time_ns() if self.rank == 0 else 0], device=self.device)
-        dist.broadcast(number, 0)
-        return int(number.item())
+    def _agree_on_attempt(self) -> tuple[int, int]:
+        """(number, tokens of a micro-batch). Later groups get higher numbers, also after the feed was restarted."""
+        facts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        if self.rank == 0:
+            asked = self.config.train.micro_batch_tokens
+            tokens = self.run.micro_batch_tokens(asked)
+            facts += torch.tensor([time.time_ns(), tokens], device=self.device)
+            if tokens != asked:
+                self.feed.note.remote(
+                    f"train.micro_batch_tokens = {tokens}: {asked} did not fit into memory before ({self.run.memory})"
+                )
+        dist.broadcast(facts, 0)
+        number, tokens = facts.tolist()
+        return number, tokens
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -163,6 +114,7 @@ class PolicyWorker:
                 self.ask_ahead("eval", 0)  # cut while the step runs
             line = self.train_step(step)
             step += 1
+            self._require_held()
             if line:
                 self.write(line)
             if evaluates:
@@ -170,6 +122,7 @@ class PolicyWorker:
             if saves:
                 self.save(step, best)
         self.export(self.run.model)
+        self.watchdog.stop()
         self.uploads.finish_model()  # and Ray Train waits until the last checkpoint is committed
 
     def due(self, step: int) -> tuple[bool, bool]:
@@ -188,6 +141,7 @@ class PolicyWorker:
                 checkpoint.load(self.engine, Path(folder))
         state = self.state
         if self.rank == 0:
+            self.run.require_held()
             truncate_metrics(self.run.metrics, state.step if state else 0)
         return (state.step, state.best_metric) if state else (0, None)
 
@@ -213,24 +167,39 @@ class PolicyWorker:
         for number, micro_batch in enumerate(share.micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(number == len(share.micro_batches))
             losses, part, gap = self.forward(micro_batch)
+            if wrong := rows_not_finite(micro_batch.rows, losses):
+                self._leave_out(step, "the loss is not finite; the step was not applied. Rows", wrong)
+                spoil_step(self.engine, losses)
+                take_step(self.engine)
+                return {}
             if step == 0:
                 self._check_start(micro_batch, gap)
-            # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
-            self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
+            with self._fitting(micro_batch):
+                # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
+                self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
             parts.append(part)
         totals = self.reduce(metrics.merge(parts))
-        self._require_finite(step, totals, share)
         if step == 0 and self.settings["num_eval"]:
             self._require_best_metric(totals)
-        before = self._gradient_norm_of_stage_0()
-        self.engine.step()
+        norm = take_step(self.engine)
+        if norm is None:
+            rows = of_all_ranks([row.row_id for part in share.micro_batches for row in part.rows])
+            self._leave_out(step, "a gradient is not finite; the step was not applied. Rows of its global batch", rows)
+            return {}
         if (step + 1) % self.config.train.log_every and step + 1 < self.schedules["train"].num_steps:
             return {}
-        norm = before if before is not None else self.engine.get_global_grad_norm()
-        return self._line(step + 1, "train", totals, started) | {"grad_norm": float(norm), "learning_rate": rate}
+        return self._line(step + 1, "train", totals, started) | {"grad_norm": norm, "learning_rate": rate}
 
     def forward(self, micro_batch: MicroBatch, evaluating: bool = False) -> tuple[Tensor, metrics.Metrics, Tensor]:
         """Weighted row losses [rows], metric sums, and log-ratios [rows, k] of one micro-batch."""
+        with self._fitting(micro_batch):
+            return self._forward(micro_batch, evaluating)
+
+    def _fitting(self, micro_batch: MicroBatch) -> AbstractContextManager[None]:
+        asked = self.config.train.micro_batch_tokens
+        return within_memory(micro_batch.rows, self.run, asked, self.micro_batch_tokens)
+
+    def _forward(self, micro_batch: MicroBatch, evaluating: bool) -> tuple[Tensor, metrics.Metrics, Tensor]:
         batch = self.engine.module.batch(micro_batch.rows).to(self.device)
         logps = self.engine(batch, micro_batch.num_head_chunks)
         lengths, scores, weights, columns = metrics.row_tensors(micro_batch.rows, logps)
@@ -288,6 +257,7 @@ class PolicyWorker:
         state = TrainerState(
             step, schedule.position(step)[0], schedule.rows_consumed(step), self.settings["identity"],
             self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
+            self.skipped_steps,
         )  # fmt: skip
         scores = {name: value for name, value in self.evaluated.items() if isinstance(value, float)}
         self.uploads.checkpoint(self.engine, state, scores)
@@ -313,6 +283,7 @@ class PolicyWorker:
         """This rank's share; the next ones are requested before it is used."""
         self.ask_ahead(split, step)
         share, waited = self.queues[split].take()
+        self.watchdog.moved(f"{split}, step {step + 1}")
         if step + 1 == self.schedules[split].num_steps:
             del self.queues[split]
         reference = min(waited, share.waited_reference_seconds)
@@ -326,9 +297,10 @@ class PolicyWorker:
             schedule, layout = self.schedules[split], self.engine.module.layout
             most_steps = steps_per_call(schedule.batch_size, self.world_size)
             first = Request(
-                self.attempt, split, step, self.rank, self.world_size, most_steps, layout, self.chunk_positions
-            )
-            self.queues[split] = ShareQueue(self.feed, first, schedule.num_steps)
+                self.attempt, split, step, self.rank, self.world_size, most_steps, layout, self.chunk_positions,
+                self.micro_batch_tokens,
+            )  # fmt: skip
+            self.queues[split] = ShareQueue(self.feed, first, schedule.num_steps, self.wait_seconds)
 
     def reduce(self, totals: metrics.Metrics) -> metrics.Metrics:
         """Sums and counts over all ranks in one collective, in float64."""
@@ -364,10 +336,13 @@ class PolicyWorker:
     def write(self, line: dict[str, Any]) -> None:
         """Rank 0 writes. All ranks have the same line, and raise Diverged where it breaks a rule of the sweep."""
         if self.rank == 0:
+            self.run.require_held()
             append_metrics(self.run.metrics, line)
             self.published.show_line(line)
             for log in self.loggers:
                 log(line["step"], scalars(line))
+            for warning in self.alarms.heard(line) if line["split"] == "train" else []:
+                self.feed.note.remote(warning)
         if self.settings["sweep"] is not None and (broken := broken_rule(self.config.sweep.stop, line)):
             raise Diverged(broken)
 
@@ -391,23 +366,37 @@ class PolicyWorker:
             known = ", ".join(sorted(each for each in found if each == "loss" or ("/" in each and "wait/" not in each)))
             raise InputError(f"train.best_metric = {name}: not among the evaluation metrics: {known}")
 
-    def _require_finite(self, step: int, totals: metrics.Metrics, share: Share) -> None:
-        if not torch.isfinite(totals["loss"][0]).all():
-            rows = [row.row_id for micro_batch in share.micro_batches for row in micro_batch.rows]
-            names: list[Any] = [None] * self.world_size
-            dist.all_gather_object(names, rows)
-            listed = ", ".join(name for part in names for name in part)
-            raise Diverged(
-                f"step {step + 1}: the loss is not finite; the step was not applied. Rows of its batch: {listed};"
-                " `caldpo preview CONFIG --row ID` shows file, line and tokens of one"
-            )
+    # -- faults --------------------------------------------------------------------------------------------------
 
-    def _gradient_norm_of_stage_0(self) -> float | None:
-        """DeepSpeed reports no norm for stage 0: its gradients are whole, so this is the plain norm before clipping."""
-        if self.engine.zero_optimization_stage() > 0:
-            return None
-        grads = [p.grad.float() for p in self.engine.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(grads))
+    def _leave_out(self, step: int, what: str, row_ids: list[str]) -> None:
+        """A step that is not applied: metrics have a line that says so. Raises Diverged where the run is to stop at it."""
+        self.skipped_steps += 1
+        reason = f"step {step + 1}: {what}"
+        told = leave_out(self.config.train, self.skipped_steps, reason, row_ids)
+        if self.rank == 0:
+            rows = self.schedules["train"].rows_consumed(step + 1)
+            place = {
+                "step": step + 1,
+                "epoch": rows / self.schedules["train"].num_rows,
+                "rows": rows,
+                "split": "skipped",
+            }
+            self.run.require_held()
+            append_metrics(self.run.metrics, place | {"reason": reason, "row_ids": row_ids})
+            self.feed.note.remote(f"warning: {told}")
+
+    def _require_held(self) -> None:
+        """Now and then between writes, too: a newer attempt wants what this one holds."""
+        if self.rank == 0 and time.monotonic() - self.held_at > HELD_SECONDS:
+            self.run.require_held()
+            self.held_at = time.monotonic()
+
+    def _stands_still(self, standing: str, stacks: str) -> None:
+        """In the watchdog's thread."""
+        file = self.run.path / "stacks" / f"rank-{self.rank}.txt"
+        make_folder(file.parent)
+        write_atomically(file, stacks)
+        self.feed.note.remote(f"rank {self.rank} {standing}; its stacks: {file}")
 
 
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
@@ -431,11 +420,13 @@ def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
     feed = settings["feed"]
     if isinstance(error, (InputError, RunError)):
         ours = find_error(error) or error  # without Ray's account of where it came from
-        ray.get(feed.fail.remote(type(ours).__name__, str(ours)))
+        wait_for(feed.fail.remote(type(ours).__name__, str(ours)), "the feed", FEED_SECONDS)
         return False
-    if ray.get(feed.progress.remote()).failure is not None:
+    if wait_for(feed.progress.remote(), "the feed", FEED_SECONDS).failure is not None:
         return False
     restarts = settings["config"]["train"]["max_failures"]
     after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
+    if isinstance(error, OutOfMemory):
+        after = "; Ray Train starts again from the last checkpoint"
     feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
     return True

@@ -9,8 +9,9 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from safetensors import SafetensorError
 from caldpo_ray import checkpoint
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.errors import RunError, last_line
+from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import full_disk_told, is_remote, publishing, remove_tree
+from caldpo_ray.waiting import overdue
 
 # What torch and safetensors say of a file that they could not write to its end; they keep no error number.
 UNWRITTEN = ("inline_container", "PytorchStreamWriter", "I/O error")
@@ -36,10 +39,14 @@ def scratch_prefix(run_dir: Path, rank: int) -> str:
 class Uploads:
     """The checkpoint and the model of one rank that are on their way. At most one of each, so that they need bounded room."""
 
-    def __init__(self, run_dir: Path, rank: int, tell: Callable[[Exception], Any]) -> None:
-        """`tell` gets what an upload fails with, in its thread; Ray Train then stops the group, whatever the loop does."""
-        self._checkpoints, self._rank, self._tell = run_dir / "checkpoints", rank, tell
-        self._scratch = scratch_prefix(run_dir, rank)
+    def __init__(self, run: RunDir, rank: int, wait_seconds: float, tell: Callable[[Exception], Any]) -> None:
+        """`tell` gets what an upload fails with, in its thread; Ray Train then stops the group, whatever the loop does.
+
+        What is on its way for longer than `wait_seconds` raises RunError in whoever waits for it.
+        """
+        self._run, self._checkpoints, self._rank, self._tell = run, run.path / "checkpoints", rank, tell
+        self._wait_seconds = wait_seconds
+        self._scratch = scratch_prefix(run.path, rank)
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a worker of this rank that was killed
             shutil.rmtree(left, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "model")
@@ -50,7 +57,8 @@ class Uploads:
 
         `scores` rank it among others. An upload that fails ends the attempt, at the latest in the next call.
         """
-        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+        self._run.require_held()
+        self._finish_checkpoint()
         name = f"step-{state.step:08d}"
         with writing(tempfile.gettempdir()):
             folder = Path(tempfile.mkdtemp(prefix=self._scratch))
@@ -67,17 +75,30 @@ class Uploads:
             checkpoint_upload_fn=self._upload,
         )
 
+    def _finish_checkpoint(self) -> None:
+        """Return when the checkpoint given last is committed."""
+        started = time.monotonic()
+        ray.train.get_all_reported_checkpoints(
+            consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=self._wait_seconds
+        )
+        if time.monotonic() - started >= self._wait_seconds:  # it does not say that it gave up
+            raise overdue(f"the last checkpoint on its way to {self._checkpoints}", self._wait_seconds)
+
     def _upload(self, written: Checkpoint, name: str) -> Checkpoint:
         """In Ray Train's thread: the files of this rank beside those of the others."""
         try:
             self.finish_model()
+            self._run.require_held()
             storage = ray.train.get_context().get_storage()
             target = Path(storage.build_checkpoint_path_from_name(name))
             with writing(self._checkpoints / name):
                 if is_remote(self._checkpoints) or not on_one_file_system(Path(written.path), target.parent):
-                    return storage.persist_current_checkpoint(written, name)
-                move_files(Path(written.path), target)
-            return Checkpoint(str(target), storage.storage_filesystem)
+                    stored = storage.persist_current_checkpoint(written, name)
+                else:
+                    move_files(Path(written.path), target, self._run.require_held)
+                    stored = Checkpoint(str(target), storage.storage_filesystem)
+            self._run.require_held()  # or it would be committed
+            return stored
         except Exception as error:
             self._tell(error)
             raise
@@ -85,17 +106,20 @@ class Uploads:
     def model(self, target: Path, write: Callable[[Path], None]) -> None:
         """Publish what `write` puts into a folder as `target`, in a thread. Raises what the model before failed with."""
         self.finish_model()
-        self._model = self._thread.submit(_publish, target, write)
+        self._model = self._thread.submit(self._publish, target, write)
 
     def finish_model(self) -> None:
         """Return when the model given last is in its place. Raises what it failed with."""
         if self._model is not None:
+            done, _ = wait([self._model], self._wait_seconds)
+            if not done:
+                raise overdue(f"the model on its way to {self._run.path}", self._wait_seconds)
             self._model.result()
 
-
-def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    with writing(target), publishing(target) as scratch:
-        write(scratch)
+    def _publish(self, target: Path, write: Callable[[Path], None]) -> None:
+        with writing(target), publishing(target) as scratch:
+            write(scratch)
+            self._run.require_held()
 
 
 @contextmanager
@@ -121,9 +145,13 @@ def on_one_file_system(folder: Path, other: Path) -> bool:
         return False
 
 
-def move_files(folder: Path, target: Path) -> None:
-    """Rename all files below `folder` into `target`, which may hold those of other ranks; called again, it goes on."""
+def move_files(folder: Path, target: Path, require_held: Callable[[], Any]) -> None:
+    """Rename all files below `folder` into `target`, which may hold those of other ranks; called again, it goes on.
+
+    `require_held` is asked before each, and raises where this attempt may write there no more.
+    """
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         place = target / file.relative_to(folder)
+        require_held()
         place.parent.mkdir(parents=True, exist_ok=True)
         os.rename(file, place)

@@ -2,7 +2,7 @@
 
 from caldpo_ray.world.automaton import Reading, read, sample
 from caldpo_ray.world.create import create_world, is_world
-from caldpo_ray.world.judge import Judgement, judge, mean_and_standard_error
+from caldpo_ray.world.judge import Judgement, compare, judge, mean_and_standard_error
 from caldpo_ray.world.language import PROMPTS
 from caldpo_ray.world.optimum import OptimalPoint, optimum, optimum_at_kl
 
@@ -11,6 +11,7 @@ __all__ = [
     "Judgement",
     "OptimalPoint",
     "Reading",
+    "compare",
     "create_world",
     "is_world",
     "judge",

@@ -30,6 +30,16 @@ def judge(prompts: Sequence[str], responses: Sequence[str]) -> Judgement:
     )
 
 
+def compare(prompts: Sequence[str], pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Which of two responses has the higher true reward: 0 the first, 1 the second, 0.5 for equal ones.
+
+    `caldpo evaluate RUN --generate N --judge caldpo_ray.world:compare`
+    """
+    first, second = (judge(prompts, [pair[side] for pair in pairs]).rewards for side in (0, 1))
+    verdicts: list[float] = ((np.sign(second - first) + 1) / 2).tolist()
+    return verdicts
+
+
 def mean_and_standard_error(values: npt.ArrayLike) -> tuple[float, float]:
     """Mean of n >= 2 independent values and its standard error."""
     array = np.asarray(values, np.float64)

@@ -366,7 +366,7 @@ def through_ray(served: Any, num_rows: int, batch_size: int, world_size: int, na
     together = steps_per_call(batch_size, world_size)
     steps = min(-(-num_rows // batch_size), max(10, MAX_CALLS // world_size) * together)
     before, started = ray.get(served.cpu_seconds.remote()), time.monotonic()
-    queues = [ShareQueue(served, request(0, rank, world_size, together), steps) for rank in range(world_size)]
+    queues = [ShareQueue(served, request(0, rank, world_size, together), steps, 600) for rank in range(world_size)]
     count = 0
     for _ in range(steps):
         count += [queue.take()[0].num_rows for queue in queues].pop()

@@ -3,6 +3,7 @@
 import errno
 import gc
 import json
+import math
 import os
 import threading
 from functools import wraps
@@ -38,6 +39,44 @@ def observed(
         file.write(json.dumps(facts) + "\n")
     log_ratios = policy_logps - reference_logps
     return -beta * (log_ratios[:, 0] - log_ratios[:, 1])
+
+
+def afflicted(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
+) -> Tensor:
+    """Cal-DPO. No more than 12 rows fit into memory, and rank 1 does not come back once the policy has moved by 0.3 nats.
+
+    That happens once: then `folder` holds a file.
+    """
+    if len(policy_logps) > 12:
+        raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+    stuck = Path(folder) / "stuck"
+    if dist.get_rank() == 1 and not stuck.exists() and (policy_logps - reference_logps).abs().max() > 0.3:
+        stuck.touch()
+        threading.Event().wait(3600)
+    return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
+
+
+def held_up(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
+) -> Tensor:
+    """Cal-DPO, which waits for a file `go` in `folder` once the policy has moved by 0.3 nats."""
+    while (policy_logps - reference_logps).abs().max() > 0.3 and not (Path(folder) / "go").exists():
+        threading.Event().wait(0.05)
+    return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
+
+
+def poisoned(
+    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float, chosen_score: Tensor | None = None
+) -> Tensor:
+    """DPO's margin; an infinite loss for rows with a chosen_score of 1, and for those with 2 a gradient that is no number."""
+    log_ratios = policy_logps - reference_logps
+    losses = -beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    if chosen_score is None:
+        return losses
+    if (chosen_score == 2).any():
+        losses = losses + (policy_logps[:, 0] * 0).sqrt()
+    return losses + torch.where(chosen_score == 1, math.inf, 0.0)
 
 
 def with_a_gate(

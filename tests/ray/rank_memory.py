@@ -1,4 +1,4 @@
-"""One rank of a DeepSpeed engine as `training.build_engine` makes it, without Ray: prints its peak memory in MiB as JSON.
+"""One rank of a DeepSpeed engine as `engine.build_engine` makes it, without Ray: prints its peak memory in MiB as JSON.
 
 RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m tests.ray.rank_memory CONFIG [key=value ...]
 """
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from caldpo_ray.config import load_config
+from caldpo_ray.engine import build_engine
 from caldpo_ray.schema import Row
-from caldpo_ray.training import build_engine
 
 
 def peak_mib() -> float:

@@ -13,11 +13,13 @@ import caldpo_ray
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.evaluation import evaluate
 from caldpo_ray.export import export
+from caldpo_ray.generation import ROLES, Generations
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.sampling import sample_world
+from caldpo_ray.world import judge
 
 pytestmark = pytest.mark.ray
-NUM_SAMPLES = 50
+NUM_SAMPLES, NUM_PROMPTS, MAX_NEW_TOKENS = 50, 40, 20
 
 
 def store_parts(run: RunDir) -> list[str]:
@@ -27,7 +29,8 @@ def store_parts(run: RunDir) -> list[str]:
 @pytest.fixture(scope="module")
 def evaluated(baseline: RunDir) -> dict[str, Any]:
     before = store_parts(baseline)
-    found = evaluate(baseline.path, scores=baseline.path / "scores.jsonl", num_samples=NUM_SAMPLES)
+    asked = Generations(NUM_PROMPTS, judge="caldpo_ray.world:compare", max_new_tokens=MAX_NEW_TOKENS)
+    found = evaluate(baseline.path, scores=baseline.path / "scores.jsonl", num_samples=NUM_SAMPLES, generations=asked)
     assert before and store_parts(baseline) == before, "training scored every row by the reference already"
     return found
 
@@ -84,6 +87,21 @@ def test_a_world_run_is_sampled_beside_its_reference(baseline: RunDir, evaluated
     expected = sample_world(str(baseline.model), str(baseline.init), num_samples=NUM_SAMPLES, seed=7)
     assert {name: evaluated[f"world/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-4)
     assert evaluated["world/kl"] > 0 and evaluated["world/num_samples"] == NUM_SAMPLES
+
+
+def test_policy_and_reference_answer_prompts_and_are_judged(
+    baseline: RunDir, world: Path, evaluated: dict[str, Any]
+) -> None:
+    """The verdicts against the true rewards of the responses."""
+    lines = scores_of(baseline.path / "generations.jsonl")
+    asked = [json.loads(line)["prompt"] for line in (world / "eval.jsonl").read_text().splitlines()]
+    prompts = [line["prompt"] for line in lines]
+    assert len(lines) == evaluated["judge/prompts"] == NUM_PROMPTS and set(prompts) == set(asked)
+    policy, reference = (judge(prompts, [line[role]["text"] for line in lines]).rewards for role in ROLES)
+    assert evaluated["judge/win_rate"] == np.mean((1 + np.sign(policy - reference)) / 2)
+    assert evaluated["judge/consistent"] == 1 and evaluated["judge/first_preferred"] == 0.5
+    assert 0 < max(line["policy"]["tokens"] for line in lines) <= MAX_NEW_TOKENS
+    assert len({line["policy"]["text"] for line in lines}) > len(set(prompts)), "each row has its own seed"
 
 
 def test_an_exported_model_carries_what_it_was_trained_against(

@@ -27,7 +27,7 @@ class CountingFeed:
 def test_the_next_shares_are_asked_for_before_they_are_needed(cluster: None, most_steps: int) -> None:
     feed = ray.remote(num_cpus=0)(CountingFeed).remote()
     first = replace(Request(1, "train", 1, 0, 1, 1, "packed", 16), most_steps=most_steps)
-    queue = ShareQueue(feed, first, NUM_STEPS)
+    queue = ShareQueue(feed, first, NUM_STEPS, wait_seconds=60)
     asked = [ray.get(feed.steps_asked.remote())]
     for step in range(1, NUM_STEPS):
         share, _ = queue.take()

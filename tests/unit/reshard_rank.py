@@ -7,6 +7,7 @@ Imports are the better part of such a process, so every group is forked from one
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from caldpo_ray import checkpoint
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import load_config
-from caldpo_ray.training import build_engine
+from caldpo_ray.engine import build_engine, spoil_step, take_step
 from tests.unit.tiny_models import random_rows
 
 ROWS = random_rows(*[(4 + number % 3, 3, 5 + number % 2) for number in range(8)])
@@ -33,10 +34,29 @@ def train_step(engine: Any) -> float:
     loss = ((logps[:, 0] - logps[:, 1]) / 10 - 1).square().sum() / len(ROWS)
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(loss * world_size, scale_wrt_gas=False)
-    engine.step()
+    assert take_step(engine) is not None
     total = loss.detach().double()
     dist.all_reduce(total)
     return total.item()
+
+
+def spoil(engine: Any) -> None:
+    """Two steps that must leave no trace: rank 1 finds a loss that is not finite in the second of two micro-batches, then a
+    gradient that is none although the losses are numbers."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    logps = engine(engine.module.batch(ROWS[rank::world_size]), 1)
+    engine.set_gradient_accumulation_boundary(False)
+    engine.backward(logps.sum(), scale_wrt_gas=False)
+    logps = engine(engine.module.batch(ROWS[rank::world_size]), 1)
+    spoil_step(engine, logps + (math.inf if rank == 1 else 0))
+    assert take_step(engine) is None
+    logps = engine(engine.module.batch(ROWS[rank::world_size]), 1)
+    if rank == 1:
+        logps = logps + (logps * 0).sqrt()
+        assert torch.isfinite(logps).all()
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(logps.sum(), scale_wrt_gas=False)
+    assert take_step(engine) is None
 
 
 def save(engine: Any, step: int, folder: str) -> None:
@@ -51,7 +71,8 @@ def save(engine: Any, step: int, folder: str) -> None:
 def run(config_path: str, job: dict[str, Any]) -> list[float]:
     """Losses of steps [first, last) of a job.
 
-    It starts from the checkpoint `load`, if any, and saves that at once as `save_again`; it saves `save` before `save_at`.
+    It starts from the checkpoint `load`, if any, and saves that at once as `save_again`; it saves `save` before `save_at`, and
+    before each step of `spoiled` come two that are not applied.
     """
     config = load_config(config_path, job["overrides"])
     engine = build_engine(config, config.model, torch.device("cpu"))
@@ -63,6 +84,8 @@ def run(config_path: str, job: dict[str, Any]) -> list[float]:
     for step in range(job["first"], job["last"]):
         if step == job.get("save_at"):
             save(engine, step, job["save"])
+        if step in job.get("spoiled", []):
+            spoil(engine)
         losses.append(train_step(engine))
     engine.destroy()
     return losses

@@ -1,13 +1,27 @@
 """What `plan` and `preview` say before any cluster is asked."""
 
+import gzip
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from caldpo_ray.cli import main
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady
-from caldpo_ray.plan import _memory_lines, plan
+from caldpo_ray.placement import Bundle, Node, assign
+from caldpo_ray.plan import (
+    _count_trials,
+    _known_logps,
+    _memory_lines,
+    _reachable_lines,
+    count_rows,
+    describe_places,
+    estimate_rows,
+    plan,
+    sample_rows,
+)
 from caldpo_ray.progress import describe_bytes
 
 
@@ -64,3 +78,68 @@ def test_small_models_have_no_memory_of_zero(config: Path) -> None:
 )
 def test_bytes_are_told_in_a_readable_unit(number: float, text: str) -> None:
     assert describe_bytes(number) == text
+
+
+# -- how much there is ---------------------------------------------------------------------------------------------
+
+
+def test_rows_of_small_sources_are_counted(config: Path, world: Path) -> None:
+    settings = load_config(config, ["data.eval=0.25"])
+    sample, _ = sample_rows(settings, 256)
+    assert estimate_rows(str(world / "train.jsonl")) == 400 and count_rows(settings, sample) == (300, 100)
+    settings = load_config(config, [f"data.eval={world / 'eval.jsonl'}"])
+    assert count_rows(settings, sample) == (400, 80)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_of_large_sources_are_told_by_size(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caldpo_ray.plan.COUNTED_BYTES", 0)
+    rng, file = np.random.default_rng(0), tmp_path / f"rows.{kind}"
+    rows = [
+        {"prompt": "é" * length, "chosen": "a b", "rejected": "c"} for length in rng.integers(200, 300, 5000).tolist()
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) if kind == "jsonl" else ",".join(row.values()) for row in rows]
+    file.write_text("\n".join(["prompt,chosen,rejected", *lines] if kind == "csv" else lines))
+    assert estimate_rows(str(file)) == pytest.approx(5000, rel=0.05)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as packed:
+        packed.write("\n".join(lines))
+    assert estimate_rows(str(tmp_path / "rows.jsonl.gz")) is None
+
+
+def test_a_target_beyond_the_log_prob_is_out_of_reach(config: Path) -> None:
+    settings = load_config(config, ["objective.name=cal_dpo", "objective.beta=0.05"])
+    (line,) = _reachable_lines(settings, np.array([-12, -9.9, -3, -2], np.float32))
+    assert "10 nats" in line and "25% of 4 rows; raise objective.beta" in line
+    (line,) = _reachable_lines(settings, np.array([-12, -11], np.float32))
+    assert "100%" in line and "raise" not in line
+    assert not list(_reachable_lines(load_config(config), np.array([-1], np.float32))), "DPO has no target"
+
+
+def test_trials_of_a_sweep_are_counted(config: Path) -> None:
+    assert _count_trials(load_config(config)) == 0
+    space = ["sweep.objectives=[dpo, ipo]", "sweep.space={dpo: {beta: [0.1, 1]}, ipo: {beta: [0.1, 1]}}"]
+    assert _count_trials(load_config(config, [*space, "sweep.seeds=3", "data.eval=0.2"])) == 12
+    with pytest.raises(InputError, match=r"data\.eval: required for a sweep"):
+        _count_trials(load_config(config, space))
+
+
+def test_a_store_is_asked_only_for_a_model_that_was_looked_at(config: Path) -> None:
+    settings = load_config(config)
+    assert _known_logps(settings, sample_rows(settings, 8)[0]) is None
+
+
+# -- where it goes -------------------------------------------------------------------------------------------------
+
+
+def test_every_process_is_told_its_node() -> None:
+    nodes = [Node("a", {"CPU": 2, "GPU": 1}, {}), Node("b", {"CPU": 1}, {"kind": "cheap"})]
+    worker, actor = Bundle("policy worker", {"CPU": 1, "GPU": 1}), Bundle("reference actor", {"CPU": 1, "GPU": 0})
+    labelled = Bundle("data task", {"CPU": 0.5, "GPU": 0}, {"kind": "cheap"})
+    lines = list(describe_places(assign([actor, worker, worker, actor, labelled], nodes)))
+    assert [line.strip() for line in lines] == [
+        "1 policy worker, 1 CPU, 1 GPU: a",
+        "1 policy worker, 1 CPU, 1 GPU: no node",
+        "1 data task, 0.5 CPU: b",
+        "1 reference actor, 1 CPU: a",
+        "1 reference actor, 1 CPU: no node",
+    ]

@@ -59,6 +59,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
             if number < 2:
                 job |= {"save": str(folder / f"{name}.{number}"), "save_at": SAVED_AT[number]}
             jobs[name] = job
+            if not number:
+                undisturbed = {"overrides": job["overrides"], "first": 0, "last": 4}
+                jobs[f"{name} spoiled"] = undisturbed | {"spoiled": [0, 2]}
         phases.append({"world_size": world_size, "jobs": jobs})
     (folder / "phases.json").write_text(json.dumps(phases))
     command = [sys.executable, "-m", "tests.unit.reshard_rank", str(config), str(folder / "phases.json")]
@@ -75,6 +78,12 @@ def test_any_layout_goes_on_in_any_other(done: Done, chain: str) -> None:
     tolerance = 0.1 if "bf16" in chain else 1e-5  # one worker rounds its gradients to bf16 elsewhere than two
     for later, start in zip(done.losses[1:], SAVED_AT, strict=True):
         assert later[chain] == pytest.approx(undisturbed[start:], rel=tolerance)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_step_that_is_not_finite_leaves_no_trace(done: Done, chain: str) -> None:
+    """Neither in weights nor in what optimiser and accumulation keep: the losses that follow are the same to the last bit."""
+    assert done.losses[0][f"{chain} spoiled"] == done.losses[0][chain][:4]
 
 
 @pytest.mark.parametrize("chain", CHAINS)

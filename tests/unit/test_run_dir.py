@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.run_dir import (
     append_metrics,
     changed_execution_keys,
@@ -113,6 +113,22 @@ def test_a_run_directory_on_object_storage(tmp_path: Path, s3: Any, root: str) -
     ]
     with pytest.raises(InputError, match=r"holds another run \(objective\.beta: 0\.1 -> 0\.2"):
         open_run_dir(config(tmp_path, f"run.output_dir={root}", "objective.beta=0.2"), fresh=False)
+
+
+@pytest.mark.parametrize("root", ["", "memory://attempts", "s3://data/attempts"])
+def test_an_attempt_that_was_overtaken_writes_no_more(tmp_path: Path, s3: Any, root: str) -> None:
+    settings = config(tmp_path, f"run.output_dir={root or tmp_path / 'runs'}")
+    older = open_run_dir(settings, fresh=False)
+    older.write_status("running", None, "", "id")
+    newer = open_run_dir(settings, fresh=False)
+    told = r"^run directory .*: another attempt .* \(process \d+ on \S+, started .*\); this older one stops"
+    with pytest.raises(RunError, match=told):
+        older.write_status("failed", 3, "why", "id")
+    newer.write_status("complete", 0, "", "id")
+    assert newer.read_status()["state"] == "complete" == older.read_status()["state"], "who only reads may do so"
+    with pytest.raises(InputError, match="holds another run"):
+        open_run_dir(config(tmp_path, f"run.output_dir={root or tmp_path / 'runs'}", "objective.beta=0.2"), fresh=False)
+    newer.require_held()  # what was refused took nothing over
 
 
 @pytest.mark.parametrize("root", ["memory://metrics", "s3://data/metrics"])

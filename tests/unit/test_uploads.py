@@ -13,6 +13,7 @@ from torch import nn
 
 from caldpo_ray.checkpoint import _copy_of_state_dict
 from caldpo_ray.errors import RunError
+from caldpo_ray.run_dir import RunDir
 from caldpo_ray.uploads import Uploads, move_files, on_one_file_system, writing
 
 
@@ -26,7 +27,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uploads(run: Path, rank: int = 0) -> Uploads:
-    return Uploads(run, rank, lambda error: None)
+    return Uploads(RunDir(run), rank, 60, lambda error: None)
 
 
 def test_a_model_is_written_while_its_giver_goes_on(tmp_path: Path, scratch: Path) -> None:
@@ -58,6 +59,32 @@ def test_what_a_model_fails_with_is_raised_at_the_next_one_and_at_the_end(tmp_pa
     assert not (tmp_path / "best").exists()
 
 
+def test_an_attempt_that_was_overtaken_replaces_no_model(tmp_path: Path, scratch: Path) -> None:
+    older = RunDir(tmp_path).claim()
+    run = Uploads(older, 0, 60, lambda error: None)
+    run.model(tmp_path / "best", Path.mkdir)
+    run.finish_model()
+    RunDir(tmp_path).claim()
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").touch()
+
+    run.model(tmp_path / "best", write)
+    with pytest.raises(RunError, match="this older one stops"):
+        run.finish_model()
+    assert not (tmp_path / "best" / "weights").exists()
+
+
+def test_a_model_that_does_not_leave_is_not_waited_for_without_an_end(tmp_path: Path, scratch: Path) -> None:
+    gate = threading.Event()
+    run = Uploads(RunDir(tmp_path), 0, 0.05, lambda error: None)
+    run.model(tmp_path / "best", lambda folder: gate.wait(60) and folder.mkdir())
+    with pytest.raises(RunError, match=r"waited 0 s for the model on its way to"):
+        run.finish_model()
+    gate.set()
+
+
 def test_leftovers_of_this_rank_and_run_alone_are_cleared_away(tmp_path: Path, scratch: Path) -> None:
     theirs = [uploads(tmp_path / run, rank)._scratch for run, rank in (("a", 0), ("a", 1), ("b", 0))]
     folders = [Path(tempfile.mkdtemp(prefix=prefix)) for prefix in theirs]
@@ -76,10 +103,20 @@ def test_ranks_move_their_files_into_one_folder_and_go_on_after_a_stop(tmp_path:
         (folder / f"{rank}.json").write_text("{}")
         (target / "state").mkdir(parents=True, exist_ok=True)
         (folder / f"{rank}.json").rename(target / f"{rank}.json")  # so far it had come
-        move_files(folder, target)
+        move_files(folder, target, RunDir(tmp_path).require_held)
         assert not [path for path in folder.rglob("*") if path.is_file()]
     found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
     assert found == {"state/rank_0.pt": "0", "state/rank_1.pt": "1", "0.json": "{}", "1.json": "{}"}
+
+
+def test_an_attempt_that_was_overtaken_moves_no_file(tmp_path: Path) -> None:
+    older = RunDir(tmp_path).claim()
+    RunDir(tmp_path).claim()
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "part").touch()
+    with pytest.raises(RunError, match="this older one stops"):
+        move_files(tmp_path / "0", tmp_path / "step-00000005", older.require_held)
+    assert (tmp_path / "0" / "part").exists() and not (tmp_path / "step-00000005").exists()
 
 
 def test_a_folder_that_this_node_does_not_have_is_left_to_ray(tmp_path: Path) -> None:

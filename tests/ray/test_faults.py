@@ -1,0 +1,147 @@
+"""Faults injected into whole runs: memory, a rank that hangs, numbers that are none, two attempts of one run, taken GPUs."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caldpo_ray.run_dir import RunDir, read_metrics
+from tests.conftest import wait_until
+from tests.ray.runs import Run, start, write_config
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_run_survives_full_memory_and_a_rank_that_hangs(
+    baseline_config: Path, baseline: RunDir, tmp_path: Path
+) -> None:
+    """With smaller micro-batches and the same global batches; and one reads where the rank hung.
+
+    One failure is allowed, and only the hanging rank counts as one.
+    """
+    config = Path(shutil.copy(baseline_config, tmp_path))
+    config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:afflicted"))
+    overrides = [
+        f"objective.folder={tmp_path}",
+        "train.num_workers=2",
+        "train.micro_batch_tokens=1024",
+        "train.max_failures=1",
+    ]
+    run = start(config, "afflicted", *overrides, "train.save_every=2", "train.wait_timeout_seconds=25")
+    said = run.finish()
+    halvings = re.findall(r"train\.micro_batch_tokens goes from (\d+) to (\d+)", said)
+    assert halvings and all(int(before) == 2 * int(after) for before, after in halvings), said
+    found = json.loads((run.path / "memory.json").read_text())
+    assert found == {"asked": 1024, "tokens": int(halvings[-1][1])}
+    assert re.search(r"rank 1 has stood in afflicted, \S+/objectives\.py line \d+", said), said
+    assert "rank 0 has waited for other ranks" in said
+    assert "in afflicted" in (run.path / "stacks" / "rank-1.txt").read_text()
+    assert_learned_alike(run, baseline)
+
+
+def test_steps_without_finite_numbers_are_left_out_and_named(world: Path, cluster: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:24]]
+    for at, score in ((6, 1), (7, 1), (13, 2)):
+        rows[at]["chosen_score"] = score
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(
+        tmp_path, world, data={"train": str(file), "shuffle": False},
+        train={"batch_size": 4, "on_nonfinite": "skip", "max_skipped_steps": 2, "save_every": 5},
+    )  # fmt: skip
+    config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:poisoned"))
+    run = start(config, "skipping")
+    said = run.finish()
+    lines = run.lines()
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (1, "train"), (2, "skipped"), (3, "train"), (4, "skipped"), (5, "train"), (6, "train"),
+    ]  # fmt: skip
+    loss, gradient = lines[1], lines[3]
+    assert "the loss is not finite" in loss["reason"] and len(loss["row_ids"]) == 2
+    assert "a gradient is not finite" in gradient["reason"] and len(gradient["row_ids"]) == 4
+    assert all(name in said for name in (*loss["row_ids"], *gradient["row_ids"]))
+    assert said.count("the step was not applied") == 2
+    assert all(np.isfinite(weight).all() for weight in run.weights().values())
+    state = json.loads((run.path / "checkpoints" / "step-00000006" / "trainer_state.json").read_text())
+    assert (state["rows"], state["skipped_steps"]) == (24, 2)
+
+
+def test_the_later_of_two_attempts_goes_on_and_the_older_one_stops(
+    baseline_config: Path, baseline: RunDir, tmp_path: Path
+) -> None:
+    config = Path(shutil.copy(baseline_config, tmp_path))
+    config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:held_up"))
+    overrides = (f"objective.folder={tmp_path}", "train.save_every=2")
+    older = start(config, "contested", *overrides)
+    older.wait_for_step(1)
+    newer = start(config, "contested", *overrides)
+    claim = older.path / "attempt.json"
+    wait_until(lambda: json.loads(claim.read_text())["pid"] == newer.process.pid, "the newer attempt to take over")
+    (tmp_path / "go").touch()
+    said = older.finish(3)
+    assert f"(process {newer.process.pid} on " in said and "this older one stops, and writes no more there" in said
+    newer.finish()
+    assert json.loads((newer.path / "status.json").read_text())["state"] == "complete"
+    assert_learned_alike(newer, baseline)
+
+
+def assert_learned_alike(run: Run, baseline: RunDir) -> None:
+    ours, theirs = (
+        [line for line in read_metrics(path / "metrics.jsonl") if line["split"] == "train"]
+        for path in (run.path, baseline.path)
+    )
+    assert [line["rows"] for line in ours] == [line["rows"] for line in theirs]
+    for name in ("loss", "logratios/chosen", "logratios/rejected", "grad_norm"):
+        np.testing.assert_allclose(
+            [line[name] for line in ours], [line[name] for line in theirs], rtol=2e-3, atol=2e-3, err_msg=name
+        )
+
+
+def test_gpus_that_another_job_holds_are_not_waited_for_without_an_end(
+    world: Path, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    config = write_config(tmp_path, world, train={"use_gpu": True, "placement_timeout_seconds": 5})
+    holder = ray.remote(num_cpus=0, num_gpus=2)(Holder).remote()
+    ray.get(holder.ready.remote())
+    said = start(config, "no-room").finish(2)
+    ray.kill(holder)
+    wait_until(lambda: ray.available_resources().get("GPU") == 3, "the GPUs to be free again")
+    assert (
+        "2 policy workers were not placed within train.placement_timeout_seconds = 5: each needs 0.5 CPU, 1 GPU" in said
+    )
+    assert "CPU and 1 GPU free now" in said
+
+
+class Holder:
+    """Another job's process."""
+
+    def ready(self) -> None:
+        pass
+
+
+def test_a_wait_ends_unless_something_goes_on(cluster: str) -> None:
+    import ray
+
+    from caldpo_ray.errors import RunError
+    from caldpo_ray.waiting import wait_for
+
+    sleeper = ray.remote(num_cpus=0)(_sleep)
+    late = sleeper.remote(3600)
+    with pytest.raises(RunError, match=r"waited 0 s for somebody, and nothing came.*train\.wait_timeout_seconds"):
+        wait_for(late, "somebody", 0.2)
+    ray.cancel(late, force=True)
+    news = iter(range(1000))
+    assert wait_for(sleeper.remote(1), "somebody", 0.1, lambda: next(news)) == 1
+
+
+def _sleep(seconds: int) -> int:
+    import time
+
+    time.sleep(seconds)
+    return seconds
