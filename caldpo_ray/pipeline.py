@@ -23,7 +23,7 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling
+from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -285,7 +285,7 @@ def fit(
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=_this_node())
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node())
         .remote(config, prepared.folders, prepared.job, _newest_step(run), prepared.num_report > 0)
     )
     feed.start.remote()
@@ -336,14 +336,6 @@ def _why_stopped(error: Exception, progress: Progress, config: Config) -> Except
     if never_started(error):
         return not_placed(config, progress.started)
     return find_error(error) or RunError(f"training stopped: {last_line(error)}")
-
-
-def _this_node() -> Any:
-    """The driver's: an actor elsewhere would hold on to a node that an autoscaler could take back."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _newest_step(run: RunDir) -> int:

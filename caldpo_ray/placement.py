@@ -176,6 +176,14 @@ def _needs(bundle: Bundle) -> str:
     return bundle.describe() + (f" on a node labelled {bundle.labels}" if bundle.labels else " on one node")
 
 
+def this_node() -> Any:
+    """Where an actor goes that must not hold on to a node which an autoscaler could take back."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
