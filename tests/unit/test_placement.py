@@ -15,7 +15,7 @@ GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Bundle]]:
-    """What an autoscaler is asked for; `tests/ray` has one that answers."""
+    """What an autoscaler is asked for, which needs a cluster to be asked."""
     calls: list[list[Bundle]] = []
     monkeypatch.setattr("caldpo_ray.placement.ask_autoscaler", lambda wanted: calls.append(list(wanted)))
     return calls
