@@ -2,19 +2,22 @@
 
 A checkpoint is DeepSpeed's sharded state (`state/`) and `trainer_state.json`: the position in the global order, the identity
 of the run and of its reference. Nothing else is needed: the learning rate and the rows of a step are functions of the step.
+DeepSpeed's files are pickles: each rank keeps checksums of what it wrote, and nothing is loaded that does not match them.
 """
 
+import hashlib
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 
 from caldpo_ray import resharding
 from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.storage import read_bytes
 
 TAG = "state"
 STATE_FILE = "trainer_state.json"
@@ -48,12 +51,32 @@ def save(engine: Any, state: TrainerState, folder: Path) -> None:
 def read_state(folder: Path) -> TrainerState:
     """Raises RunError when the folder is not a checkpoint of ours."""
     try:
-        return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(
-            f"checkpoint {folder}: {STATE_FILE} cannot be read ({error}); choose another run.name, or remove the folder"
-            f" {folder.parent} to start this run over"
-        ) from None
+        return TypeAdapter(TrainerState).validate_json(read_bytes(folder / STATE_FILE), strict=True)
+    except (OSError, ValidationError) as error:
+        told = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+        raise _unusable(folder, f"{STATE_FILE} cannot be read ({told})") from None
+
+
+def _unusable(folder: Path, reason: str) -> RunError:
+    return RunError(
+        f"checkpoint {folder}: {reason}; choose another run.name, or remove the folder {folder.parent} to start this run over"
+    )
+
+
+def seal(folder: Path, rank: int) -> None:
+    """Write down the checksums of the files that a rank wrote; before anybody else writes into this folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+    (folder / _seal_name(rank)).write_text(json.dumps(sums, indent=1))
+
+
+def _seal_name(rank: int) -> str:
+    return f"checksums-{rank:05d}.json"
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_same_run(
@@ -78,7 +101,7 @@ def fits(state: TrainerState, world_size: int, zero_stage: int) -> bool:
 def load(engine: Any, folder: Path) -> None:
     """Put weights and optimiser state back into a fresh engine, whatever number of workers and ZeRO stage wrote them."""
     state = read_state(folder)
-    _require_whole(folder)
+    _require_whole(folder, state.world_size)
     if not fits(state, dist.get_world_size(), engine.zero_optimization_stage()):
         resharding.restore(engine, folder / TAG)
     elif engine.load_checkpoint(str(folder), tag=TAG)[0] is None:
@@ -86,20 +109,33 @@ def load(engine: Any, folder: Path) -> None:
     dist.barrier()  # the folder may go once all have read it
 
 
-def _require_whole(folder: Path) -> None:
-    """torch's files are zip archives, whose directory is their end: one that is cut off has none.
+def _require_whole(folder: Path, num_writers: int) -> None:
+    """Every rank reads a share of the files, and all stop for the same reason, before the first of them is loaded."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, find_damage(folder, num_writers, dist.get_rank(), dist.get_world_size()))
+    for damage in found:
+        if damage is not None:
+            raise _unusable(folder, damage)
 
-    Asked of all files on every rank, before the first collective operation, so that all of them stop for the same reason.
-    """
-    for file in sorted((folder / TAG).glob("*.pt")):
+
+def find_damage(folder: Path, num_writers: int, part: int = 0, num_parts: int = 1) -> str | None:
+    """What is wrong with the files that so many ranks wrote; of all files one in `num_parts` is read."""
+    sums: dict[str, str] = {}
+    for rank in range(num_writers):
         try:
-            with zipfile.ZipFile(file):
-                pass
-        except (OSError, zipfile.BadZipFile) as error:
-            raise RunError(
-                f"checkpoint {folder}: {file.name} is damaged ({error}); choose another run.name, or remove the folder"
-                f" {folder.parent} to start this run over"
-            ) from None
+            sums |= TypeAdapter(dict[str, str]).validate_json((folder / _seal_name(rank)).read_bytes())
+        except (OSError, ValidationError):
+            return f"{_seal_name(rank)} is damaged or not there"
+    pickles = {path.relative_to(folder).as_posix() for path in folder.rglob("*.pt")}
+    if foreign := pickles - sums.keys():
+        return f"{min(foreign)} was not written with it"
+    for name in sorted(sums)[part::num_parts]:
+        try:
+            if _checksum(folder / name) != sums[name]:
+                return f"{name} is damaged: it does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
 
 
 def gather_state_dict(model: torch.nn.Module, zero_stage: int) -> dict[str, torch.Tensor]:

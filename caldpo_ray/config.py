@@ -26,6 +26,7 @@ from caldpo_ray.dotted import flatten, get, given_twice, parse_overrides, put, p
 from caldpo_ray.errors import InputError
 from caldpo_ray.objective_parameters import SCHEMAS, ObjectiveParameters, parse_objective
 from caldpo_ray.options import ALIASES, NOT_ALIASES, Section, explain, one_rule, types_in
+from caldpo_ray.redaction import require_no_secret
 from caldpo_ray.sweep_options import SweepSection
 from caldpo_ray.yaml_text import read_yaml, write_yaml
 
@@ -35,11 +36,12 @@ class Execution:
 
 
 EXECUTION = Execution()
+MAX_BYTES = 2**20  # of a config
 Dtype = Literal["float32", "bfloat16"]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # A folder, file or other source: `~` is the home of whoever starts the run.
-Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), AfterValidator(require_no_secret)]
 Labels = Annotated[dict[str, str] | None, EXECUTION]
 
 
@@ -370,7 +372,11 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     """
     file = Path(path) if isinstance(path, str) else path  # of a run on object storage it is no `Path`
     try:
-        raw = read_yaml(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise InputError(f"larger than {MAX_BYTES >> 20} MB, and a config is a page; give the path of a YAML file")
+        raw = read_yaml(content.decode())
     except OSError as error:
         raise InputError(f"config {file}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UnicodeDecodeError as error:

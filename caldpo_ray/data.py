@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from caldpo_ray.config import DataSection, ModelSection
-from caldpo_ray.errors import InputError, RunError, find_error, last_line, raise_told, tell
+from caldpo_ray.errors import InputError, RunError, find_error, last_line, raise_told, tell, visible
 from caldpo_ray.formats import check_example, get_format, recognise
 from caldpo_ray.models import load_tokenizer
 from caldpo_ray.progress import quiet_data_context
@@ -35,7 +35,7 @@ from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomical
 from caldpo_ray.tokenization import row_id, tokenise
 from caldpo_ray.user_code import what_happened
 
-VERSION = 2  # of what rows become: raised where the same files give other rows
+VERSION = 3  # of what rows become: raised where the same files give other rows, or their cache another form
 ROWS_PER_PART = 1024
 BLOCK_BYTES = 2**24  # records to one task: a second process pays for its imports only where there are more
 READ_CPUS, TOKENISE_CPUS = 0.25, 0.5
@@ -279,7 +279,7 @@ def make_row(record: RawRecord, data: DataSection, tokenizer: Any, name: str, mi
     except _OF_CONTENT as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__} in {Path(place.filename).name} line {place.lineno}"
-    raise ValueError(reason.encode("utf-8", "backslashreplace").decode()[:MAX_REASON])
+    raise ValueError(visible(reason.encode("utf-8", "backslashreplace").decode())[:MAX_REASON])
 
 
 # What a chat template or a tokenizer may raise for what stands in one row; memory and files are the machine's matter.

@@ -76,7 +76,7 @@ def read_raw(config: Config) -> dict[str, Any]:
     if isinstance(raw, str):
         try:
             raw = json.loads(Path(raw).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"train.deepspeed.config = {raw}: cannot be read as JSON ({error})") from None
     if raw is not None and not isinstance(raw, dict):
         raise InputError(f"train.deepspeed.config: must be a mapping, found {type(raw).__name__}")

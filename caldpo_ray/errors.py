@@ -1,7 +1,16 @@
 """What the command line turns into exit codes 2 and 3.
 
-Both take one message, so that they pickle and cross Ray unharmed.
+Both take one message, so that they pickle and cross Ray unharmed; passwords and tokens do not.
 """
+
+from caldpo_ray.redaction import without_secrets
+
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """Control characters spelled out: names and text of a foreign file are shown, and must not steer the terminal."""
+    return text.translate(_CONTROL)
 
 
 class InputError(ValueError):
@@ -9,6 +18,9 @@ class InputError(ValueError):
 
     The message says what, where, the rule, and what to do.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(without_secrets(message)))
 
 
 class NotReady(InputError):
@@ -20,6 +32,9 @@ class NotReady(InputError):
 
 class RunError(RuntimeError):
     """The run failed on its way; what it saved is kept and the same command resumes it. Exit code 3."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(without_secrets(message)))
 
 
 class Diverged(RunError):
@@ -51,7 +66,7 @@ def find_error(error: BaseException | None) -> InputError | RunError | None:
 
 def last_line(error: BaseException) -> str:
     """The line of a foreign error that says what happened; its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return visible(without_secrets((str(error).strip().splitlines() or [type(error).__name__])[-1]))
 
 
 def tell(error: InputError | RunError) -> str:

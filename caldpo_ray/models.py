@@ -178,7 +178,7 @@ def _remembered(cache: Path) -> dict[str, Any]:
     """What `_remember` wrote; what somebody else made of the file counts as nothing, and is written over."""
     try:
         known = json.loads(read_bytes(cache))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     names = {field.name for field in fields(ResolvedModel)}
     return (
@@ -281,8 +281,15 @@ def _reading(path: str, what: str) -> Iterator[None]:
         among_ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
         if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and among_ranks):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise _model_error(path)(f"model.name_or_path {path}: {what} ({type(error).__name__}: {reason})") from None
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise _model_error(path)(
+                f"model.name_or_path {path}: it comes with Python code of its own, which runs only with model.trust_remote_code ="
+                " true; read that code before you set it"
+            ) from None
+        raise _model_error(path)(
+            f"model.name_or_path {path}: {what} ({type(error).__name__}: {reason[:300]})"
+        ) from None
 
 
 @contextmanager

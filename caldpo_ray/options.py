@@ -35,8 +35,11 @@ def one_rule(rule: str) -> WrapValidator:
     def check(value: Any, validate: Any) -> Any:
         try:
             return validate(value)
-        except ValidationError:
-            raise ValueError(f"must be {rule}") from None
+        except ValidationError as error:
+            own = [
+                item["msg"].removeprefix("Value error, ") for item in error.errors() if item["type"] == "value_error"
+            ]
+            raise ValueError(own[0] if own else f"must be {rule}") from None
 
     return WrapValidator(check)
 

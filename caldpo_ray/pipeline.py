@@ -156,6 +156,10 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
+    if config.model.trust_remote_code:
+        say(
+            "model.trust_remote_code is on: Python code that comes with the model runs on every node, with your permissions"
+        )
     cache = open_path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from caldpo_ray.errors import visible
 from caldpo_ray.schema import Row
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def _names(k: int) -> list[str]:
 
 def _append_prompt(text: Text, ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> None:
     head, num_hidden, tail = _ends(ids)
-    text.append(tokenizer.decode(head), style=PROMPT)
+    text.append(visible(tokenizer.decode(head)), style=PROMPT)
     if num_hidden:
         text.append(f" ... {num_hidden} tokens ... ")
-        text.append(tokenizer.decode(tail), style=PROMPT)
+        text.append(visible(tokenizer.decode(tail)), style=PROMPT)
     text.append("\n")
 
 
@@ -85,5 +86,5 @@ def _pieces(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Iterator[st
         group.append(token)
         piece: str = tokenizer.decode(group)
         if not piece.endswith(PART_OF_CHARACTER) or position == len(ids):
-            yield piece.replace("\n", "\\n")
+            yield visible(piece.replace("\n", "\\n"))
             group = []

@@ -13,6 +13,7 @@ from typing import Any
 
 from caldpo_ray.errors import last_line
 from caldpo_ray.ray_metrics import RunMetrics
+from caldpo_ray.redaction import without_secrets
 from caldpo_ray.run_dir import newest_metrics
 
 PLAIN_SECONDS = 15.0
@@ -21,7 +22,7 @@ POLL_SECONDS = 0.5
 
 def say(message: str) -> None:
     """One line for the person at the terminal or in the job's log."""
-    print(message, flush=True)
+    print(without_secrets(message), flush=True)
 
 
 def describe_bytes(number: float) -> str:

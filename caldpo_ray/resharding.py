@@ -200,6 +200,7 @@ def _cut(weights: Tensor, state: dict[str, Any], start: int, numel: int) -> tupl
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """A pickle, and of objects of DeepSpeed's: only for a file of ours whose checksum was compared (`checkpoint.load`)."""
     found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return found
 

@@ -36,6 +36,9 @@ ARROW_SCHEMA = pa.schema(
 )
 
 
+CHECKSUM = "sha256"  # of everything else in a manifest
+
+
 @dataclass(frozen=True)
 class Part:
     """One file of rows; `order` sorts parts into the order of the source."""
@@ -71,14 +74,22 @@ def write_part(folder: Path, rows: Sequence[Row], order: tuple[int, int]) -> Par
 def write_manifest(folder: Path, parts: Iterable[Part], facts: dict[str, Any]) -> None:
     """Last write of a row cache: a folder without manifest is unfinished and ignored."""
     ordered = sorted(parts, key=lambda part: part.order)
-    text = json.dumps({**facts, "parts": [asdict(part) for part in ordered]}, indent=1)
-    write_atomically(folder / "manifest.json", text)
+    content = {**facts, "parts": [asdict(part) for part in ordered]}
+    write_atomically(folder / "manifest.json", json.dumps({**content, CHECKSUM: _checksum(content)}, indent=1))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Facts and parts of a finished row cache. Raises NotReady naming a manifest that is damaged or not there."""
+    """Facts and parts of a finished row cache. Raises NotReady naming a manifest that is damaged, edited or not there."""
+    path = folder / "manifest.json"
     way_out = f"run.output_dir must be a folder that all nodes share; if it is, remove {folder}, and it is made again"
-    return read_json(folder / "manifest.json", way_out, "parts")
+    content = read_json(path, way_out, "parts", CHECKSUM)
+    if content.pop(CHECKSUM) != _checksum(content):
+        raise NotReady(f"{path}: cannot be read (it does not match its checksum); {way_out}")
+    return content
 
 
 @cache

@@ -7,6 +7,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -228,7 +229,7 @@ def truncate_metrics(path: Path, last_step: int) -> None:
     """Remove the lines beyond a checkpoint: their steps are done again."""
     if not is_remote(path):
         if path.exists():
-            write_atomically(path, _up_to(path.read_text(), last_step))
+            write_atomically(path, _up_to(path.read_text(errors="replace"), last_step))
         return
     if path.exists():  # a run that was killed at its very end: lines can be added to parts alone
         for step, lines in groupby(read_metrics(path), lambda line: line["step"] // PART_STEPS * PART_STEPS):
@@ -263,7 +264,7 @@ def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             yield dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise NotReady(f"{file}: line {number} is no JSON object; delete that line") from None
 
 
@@ -273,8 +274,9 @@ def newest_metrics(path: Path) -> dict[str, Any] | None:
     for end in ends:
         *lines, _ = end.split(b"\n")  # the last piece is empty, or a line that is being written
         for line in reversed(lines):
-            if b'"split": "train"' in line:
-                return dict(json.loads(line))
+            with suppress(ValueError, TypeError, RecursionError):  # what somebody else wrote; `read_metrics` names it
+                if b'"split": "train"' in line:
+                    return dict(json.loads(line))
     return None
 
 
@@ -292,8 +294,8 @@ def _up_to(text: str, last_step: int) -> str:
 def _is_line_up_to(line: str, last_step: int) -> bool:
     try:
         return bool(json.loads(line)["step"] <= last_step)
-    except ValueError:
-        return False  # the writer died in the middle of its last line
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False  # the writer died in the middle of its last line, or somebody else wrote it
 
 
 def _part(path: Path, step: int) -> Path:

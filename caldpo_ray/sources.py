@@ -1,8 +1,8 @@
 """Where rows come from: files, folders, object storage and hub datasets, read as records with file and line.
 
 ``list_sources`` finds the files behind one ``data.train`` / ``data.eval``; ``iterate`` streams one of them. Memory is
-bounded by one batch, one record (at most 64 MB of text) and, for Parquet, one row group. No Ray, no torch: a source is
-a picklable value, and whoever holds it can read it.
+bounded by one batch (16 MB of text and one record), one record (64 MB) and, for Parquet, one row group. No Ray, no torch:
+a source is a picklable value, and whoever holds it can read it.
 """
 
 import glob
@@ -11,8 +11,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -22,7 +23,9 @@ import pyarrow as pa
 
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.readers import Compression, Kind, Reason, read
+from caldpo_ray.redaction import require_no_secret
 from caldpo_ray.schema import BadRow, RawRecord
+from caldpo_ray.storage import patience
 
 _KINDS: tuple[Kind, ...] = ("jsonl", "json", "csv", "parquet")
 _PACKINGS: dict[str, Compression | None] = {"": None, ".gz": "gzip", ".zst": "zstd"}
@@ -41,6 +44,9 @@ _SCHEMES = ("file", "hf", "http", "https", *_EXTRAS)
 _IDENTITY = ("size", "mtime", "ETag", "etag", "md5Hash", "blob_id", "Last-Modified")
 
 _HIDDEN = "._"  # first letters of names that are not data
+
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, before a file whose connection was lost is opened again
+BATCH_BYTES = 2**24  # of records in one batch: a thousand rows are less, unless somebody wants to fill a machine
 
 Info = dict[str, Any]  # what a file system knows about a file: "name", "size", ...
 
@@ -189,10 +195,12 @@ def _filesystem(spec: str) -> tuple[Any, str]:
         known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise InputError(f"{spec}: unknown scheme; known are {known} and hub:org/name[:split]; copy the data to one")
     try:
-        filesystem, path = fsspec.core.url_to_fs(spec)
+        filesystem, path = fsspec.core.url_to_fs(require_no_secret(spec), **patience(spec))
     except ImportError as error:
         package = f"caldpo-ray[{_EXTRAS[scheme]}]" if scheme in _EXTRAS else scheme
         raise InputError(f"{spec}: {scheme}:// needs an optional package; pip install '{package}' ({error})") from error
+    except ValueError as error:
+        raise InputError(f"{spec}: {_line(error)}") from error
     return filesystem, path
 
 
@@ -231,7 +239,7 @@ def _line(error: BaseException) -> str:
 
 
 def iterate(source: SourceFile, batch_size: int) -> Iterator[list[tuple[int, RawRecord | BadRow]]]:
-    """The records of ``source`` in lists of ``batch_size`` (the last one is shorter), each with its line.
+    """The records of ``source`` in lists of ``batch_size`` (shorter at the end and where records are long), with lines.
 
     The line is the physical line on which the record begins (JSON lines, CSV) or the record's number (JSON lists,
     Parquet), both from 1. What is not a record is a BadRow in its place; blank lines are skipped.
@@ -240,14 +248,15 @@ def iterate(source: SourceFile, batch_size: int) -> Iterator[list[tuple[int, Raw
     where the connection to it is lost.
     """
     batch: list[tuple[int, RawRecord | BadRow]] = []
-    line = 0
+    line = held = 0
     try:
-        with _opened(source) as file:
-            for line, record in read(file, source.kind, source.compression, source.path):
+        with _Delivery(source) as file:
+            for line, record, size in read(file, source.kind, source.compression, source.path):
                 batch.append((line, BadRow(source.path, line, record) if isinstance(record, Reason) else record))
-                if len(batch) == batch_size:
+                held += size
+                if len(batch) == batch_size or held >= BATCH_BYTES:
                     yield batch
-                    batch = []
+                    batch, held = [], 0
     except (OSError, pa.ArrowException) as error:  # about the content: _Delivery reports what a store does wrong
         where = f"after {'line' if source.kind in ('jsonl', 'csv') else 'record'} {line}"
         raise InputError(f"{source.path}: broken {where} ({_line(error)}); copy or write the file again") from error
@@ -255,43 +264,80 @@ def iterate(source: SourceFile, batch_size: int) -> Iterator[list[tuple[int, Raw
         yield batch
 
 
-def _opened(source: SourceFile) -> io.RawIOBase:
+def _opened(source: SourceFile) -> BinaryIO:
     filesystem, path = _filesystem(source.path)
     # Over HTTP, one request for the whole file: reading in blocks would need a server that serves ranges.
     stream = {"block_size": 0} if source.path.startswith("http") and source.kind != "parquet" else {}
     with _lookup(source.path):
-        return _Delivery(filesystem.open(path, "rb", **stream), source.path)
+        opened: BinaryIO = filesystem.open(path, "rb", **stream)
+    return opened
 
 
 class _Delivery(io.RawIOBase):
-    """A file whose store reports its failures as RunError or InputError, so that any other error is about the bytes."""
+    """A file whose store reports its failures as RunError or InputError, so that any other error is about the bytes.
 
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        self._file = file
-        self._path = path
+    A connection that is lost is taken up where it was, after longer and longer pauses.
+    """
+
+    def __init__(self, source: SourceFile) -> None:
+        self._source, self._position = source, 0
+        self._file: BinaryIO | None = None
 
     def readinto(self, buffer: Any) -> int:
-        with self._delivering():
-            content = self._file.read(len(buffer))
+        content = self._patiently(lambda file: file.read(len(buffer)))
         buffer[: len(content)] = content
+        self._position += len(content)
         return len(content)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        with self._delivering():
-            return self._file.seek(offset, whence)
+        self._position = self._patiently(lambda file: file.seek(offset, whence))
+        return self._position
 
-    @contextmanager
-    def _delivering(self) -> Iterator[None]:
+    def _patiently(self, do: Callable[[BinaryIO], Any]) -> Any:
+        for pause in PAUSES:
+            try:
+                return self._try(do)
+            except RunError:
+                self._forget_file()
+                time.sleep(pause)
+        return self._try(do)
+
+    def _try(self, do: Callable[[BinaryIO], Any]) -> Any:
+        path, file = self._source.path, self._file or _opened(self._source)
         try:
-            yield
+            if self._file is None:
+                self._file = file
+                self._go_on(file)
+            return do(file)
+        except (InputError, RunError):
+            raise
         except ValueError as error:  # fsspec on a web server that only serves whole files
-            raise InputError(f"{self._path}: only readable as a whole ({_line(error)}); download it first") from error
+            raise InputError(f"{path}: only readable as a whole ({_line(error)}); download it first") from error
         except Exception as error:  # every store has its own classes for a lost connection
             reason = f"{type(error).__name__}: {_line(error)}"
-            raise RunError(f"{self._path}: reading stopped ({reason}); run the same command again") from error
+            raise RunError(f"{path}: reading stopped ({reason}); run the same command again") from error
+
+    def _go_on(self, file: BinaryIO) -> None:
+        """Where the connection was lost, if it is still the same file."""
+        if not self._position:
+            return
+        path = self._source.path
+        if list_sources(path)[0].fingerprint != self._source.fingerprint:
+            raise InputError(f"{path}: changed while it was read; leave it alone, and run the same command again")
+        try:
+            file.seek(self._position)
+        except ValueError:  # opened to be read from its beginning
+            while (missing := self._position - file.tell()) and file.read(min(2**20, missing)):
+                pass
+
+    def _forget_file(self) -> None:
+        with suppress(Exception):  # it is broken
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._position
 
     def readable(self) -> bool:
         return True
@@ -300,5 +346,5 @@ class _Delivery(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        self._file.close()
+        self._forget_file()
         super().close()

@@ -20,12 +20,20 @@ from typing import Any
 import pyarrow as pa
 
 from caldpo_ray.errors import InputError, NotReady, RunError, last_line
+from caldpo_ray.redaction import require_no_secret
 
 COMPLETE = "_SUCCESS"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EXTRAS = {"s3": "caldpo-ray[s3]", "s3a": "caldpo-ray[s3]", "gs": "caldpo-ray[gcs]", "gcs": "caldpo-ray[gcs]"}
+SILENCE_SECONDS = 60  # of a web server, which may be busy
+# Of S3: what it refuses because it is busy or away is asked for again for about a minute, each time after twice as long.
+PATIENCE = {"config_kwargs": {"retries": {"max_attempts": 7}}}
 # What file systems call that which changes with a file's content, the surest first.
 CONTENT_FACTS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
+
+
+class Unreachable(RunError):
+    """Object storage failed, again and again, after it had served."""
 
 
 def is_remote(name: str | Path) -> bool:
@@ -34,14 +42,35 @@ def is_remote(name: str | Path) -> bool:
 
 
 def open_path(name: str | Path) -> Path:
-    """A path of pathlib; for a URL one that behaves like it (`universal_pathlib`). Credentials come from the environment."""
+    """A path of pathlib; for a URL one that behaves like it (`universal_pathlib`). Credentials come from the environment.
+
+    Raises InputError for a URL that holds some.
+    """
     if not is_remote(name):
         return Path(str(name).removeprefix("file://"))
+    try:
+        require_no_secret(str(name))
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
     from upath import UPath  # local runs need neither this nor fsspec
 
     # Without a cache of listings: other processes write there at the same time.
-    found: Any = UPath(str(name), use_listings_cache=False)
+    found: Any = UPath(str(name), use_listings_cache=False, **patience(str(name)))
     return found  # type: ignore[no-any-return]
+
+
+def patience(name: str) -> dict[str, Any]:
+    """Options of the file system behind a URL: how long it waits, and how often it asks again, where its own are too small."""
+    if name.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
+
+        # By default a file must have come after five minutes, however much of it there is.
+        return {
+            "client_kwargs": {
+                "timeout": ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+            }
+        }
+    return PATIENCE if name.startswith(("s3://", "s3a://")) else {}
 
 
 def _filesystem(path: Path) -> tuple[Any, str]:
@@ -55,10 +84,9 @@ def reaching(key: str, name: str | Path) -> Iterator[None]:
     """What remote storage raises in here comes out as one message: `key` says where the user named it. Raises NotReady."""
     try:
         yield
-    except (InputError, RunError):
-        raise
     except Exception as error:  # every store has its own classes for what it refuses and for a server that is away
-        if not is_remote(name):
+        ours = isinstance(error, InputError | RunError) and not isinstance(error, Unreachable)
+        if ours or not is_remote(name):
             raise
         scheme = str(name).split("://")[0]
         reason = f"{type(error).__name__}: {last_line(error)}"
@@ -73,6 +101,26 @@ def reaching(key: str, name: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def served(path: Path) -> Iterator[None]:
+    """What remote storage fails with in here, although it was asked again, comes out as one message. Raises Unreachable.
+
+    That something is not there, or not allowed, is no such failure.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, InputError, RunError):
+        raise
+    except Exception as error:
+        of_this_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if of_this_disk or not is_remote(path):
+            raise
+        raise Unreachable(
+            f"{path}: the storage does not answer ({type(error).__name__}: {last_line(error)}); what was saved is kept, and the"
+            " same command goes on when it does"
+        ) from error
+
+
+@contextmanager
 def full_disk_told(where: str | Path) -> Iterator[None]:
     """A disk that takes no more comes out as one message, naming the error's file or else `where`. Raises RunError."""
     try:
@@ -80,8 +128,9 @@ def full_disk_told(where: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
+        way_out = "make it writable" if error.errno == errno.EROFS else "make room there"
         raise RunError(
-            f"{error.filename or where}: cannot be written ({error.strerror}); make room there, and the same command goes on"
+            f"{error.filename or where}: cannot be written ({error.strerror}); {way_out}, and the same command goes on"
         ) from error
 
 
@@ -104,7 +153,8 @@ def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
     content = data.encode() if isinstance(data, str) else memoryview(data)
     if is_remote(path):
         filesystem, name = _filesystem(path)
-        filesystem.pipe_file(name, bytes(content))
+        with served(path):
+            filesystem.pipe_file(name, bytes(content))
         return
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -120,7 +170,8 @@ def read_bytes(path: Path) -> bytes:
     if not is_remote(path):
         return path.read_bytes()
     filesystem, name = _filesystem(path)
-    content: bytes = filesystem.cat_file(name)
+    with served(path):
+        content: bytes = filesystem.cat_file(name)
     return content
 
 
@@ -131,7 +182,7 @@ def read_json(path: Path, way_out: str, *keys: str) -> dict[str, Any]:
         lacking = set(keys) if not isinstance(found, dict) else set(keys) - found.keys()
         if lacking or not isinstance(found, dict):
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}" if lacking else "it is no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else last_line(error)
         raise NotReady(f"{path}: cannot be read ({reason}); {way_out}") from None
     return found
@@ -143,8 +194,9 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
         return
     filesystem, name = _filesystem(folder)
-    (folder / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is not complete
-    filesystem.rm(name, recursive=True)
+    with served(folder):
+        (folder / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is not complete
+        filesystem.rm(name, recursive=True)
 
 
 @contextmanager
@@ -185,7 +237,10 @@ def _upload(folder: Path, target: Path) -> None:
         remove_tree(target)
     filesystem, name = _filesystem(target)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    filesystem.put([str(path) for path in files], [f"{name}/{path.relative_to(folder).as_posix()}" for path in files])
+    with served(target):
+        filesystem.put(
+            [str(path) for path in files], [f"{name}/{path.relative_to(folder).as_posix()}" for path in files]
+        )
     write_atomically(target / COMPLETE, b"")
 
 
@@ -201,7 +256,8 @@ def file_facts(path: Path) -> list[tuple[str, int, str | int]]:
         return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
     filesystem, name = _filesystem(path)
     try:
-        found = [info for info in filesystem.ls(name, detail=True) if info["type"] == "file"]
+        with served(path):
+            found = [info for info in filesystem.ls(name, detail=True) if info["type"] == "file"]
     except FileNotFoundError:
         return []
     return sorted(
@@ -224,12 +280,14 @@ def local_copy(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder}: nothing there")
     home = Path(tempfile.gettempdir()) / f"caldpo-copies-{os.getuid()}"
     home.mkdir(mode=0o700, exist_ok=True)
+    if home.is_symlink() or home.stat().st_uid != os.getuid():  # whoever can write there decides what model is trained
+        raise NotReady(f"{home}: belongs to somebody else; delete it, or set TMPDIR to another folder on this node")
     copy = home / hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()[:16]
     with copy.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait
         if not copy.exists():
             filesystem, name = _filesystem(folder)
-            with publishing(copy) as scratch:
+            with served(folder), publishing(copy) as scratch:
                 scratch.mkdir()
                 files = [file for file, _, _ in facts]
                 filesystem.get([f"{name}/{file}" for file in files], [str(scratch / file) for file in files])

@@ -18,9 +18,18 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from caldpo_ray.errors import InputError, NotReady, last_line
+from caldpo_ray.errors import InputError, NotReady, RunError, last_line
 from caldpo_ray.schema import Floats
-from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, read_json, remove_tree, write_atomically
+from caldpo_ray.storage import (
+    full_disk_told,
+    make_folder,
+    open_path,
+    reaching,
+    read_bytes,
+    read_json,
+    remove_tree,
+    write_atomically,
+)
 
 VERSION = 1
 Digests = npt.NDArray[np.void]  # V16
@@ -74,7 +83,10 @@ class ReferenceStore:
     def append(
         self, digests: Digests, logps: Floats, tokens: npt.NDArray[np.int32], seconds: float | None = None
     ) -> None:
-        """Add entries as one part; readers see the whole part or none of it. `seconds` is what they cost one actor to score."""
+        """Add entries as one part; readers see the whole part or none of it. `seconds` is what they cost one actor to score.
+
+        Raises RunError where it cannot be written.
+        """
         column = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(16), len(digests), [None, pa.py_buffer(np.ascontiguousarray(digests).tobytes())]
         )
@@ -85,7 +97,14 @@ class ReferenceStore:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue()
-        write_atomically(self.folder / f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+        try:
+            with full_disk_told(self.folder):
+                write_atomically(self.folder / f"part-{hashlib.sha256(data).hexdigest()[:32]}.parquet", data)
+        except PermissionError as error:
+            raise RunError(
+                f"reference store {self.folder}: cannot be written ({error.strerror}); give a writable folder or"
+                " reference.store=null"
+            ) from None
 
     def seconds_per_response(self) -> float | None:
         """What a log-prob in it cost one actor to score, on average; None where no part says."""
@@ -148,7 +167,11 @@ def _read_part(path: Path) -> pa.Table:
             f"reference store {path}: its content does not match its checksum (a damaged or edited file); delete this file, and its"
             " entries are scored again"
         )
-    return pq.read_table(pa.BufferReader(data), schema=SCHEMA)
+    with _readable(path):
+        table = pq.read_table(pa.BufferReader(data))
+        if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
+            raise ValueError(f"it has not the columns {', '.join(SCHEMA.names)}, with a value in each row")
+    return table.replace_schema_metadata()
 
 
 @contextmanager
@@ -173,7 +196,13 @@ def list_references(root: str | Path) -> list[dict[str, Any]]:
             manifest, "delete it, and the next run that uses this reference writes it again", "model", "dtype"
         )
         found.append(
-            {"key": manifest.parent.name, "entries": entries, "bytes": sum(p.stat().st_size for p in parts), **facts}
+            {
+                "key": manifest.parent.name,
+                "entries": entries,
+                "bytes": sum(p.stat().st_size for p in parts),
+                "model": str(facts["model"]),
+                "dtype": str(facts["dtype"]),
+            }
         )
     return found
 

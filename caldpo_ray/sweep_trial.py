@@ -131,21 +131,27 @@ class SweepTrial(Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
         assert shared is not None
         self._shared, self._controller = shared, start_controller()
+        self._trial: Trial = config["trial"]
+        self._thread: threading.Thread | None = None
         # Tune went to a folder of its own; modules of users are where it came from.
         os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", "."))
-        self._begin(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """The next trial in the same process, once nothing is left of the last one."""
         self._end()
-        self._begin(new_config["trial"])
+        self._trial = new_config["trial"]
         return True
 
     def cleanup(self) -> None:
         self._end()
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next evaluation or for the end. Raises what a retry may cure."""
+        """Wait for the next evaluation or for the end. Raises what a retry may cure.
+
+        Training begins here: Tune may set up two processes for one trial and use the one that is free first.
+        """
+        if self._thread is None:
+            self._begin(self._trial)
         event = self._events.get()
         if isinstance(event, Exception):
             raise event
@@ -164,12 +170,15 @@ class SweepTrial(Trainable):  # type: ignore[misc]
         self._thread.start()
 
     def _end(self) -> None:
+        if self._thread is None:
+            return
         deadline = time.monotonic() + END_SECONDS
         while self._thread.is_alive():
             if time.monotonic() > deadline:
                 os._exit(1)  # Ray then ends whatever this process has started
             self._evaluations.end("the sweep stopped this trial")
             self._thread.join(timeout=1.0)
+        self._thread = None
 
     def _run(self, trial: Trial, events: "SimpleQueue[Any]") -> None:
         try:

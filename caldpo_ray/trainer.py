@@ -99,9 +99,8 @@ class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """As text: Ray Train wraps what workers raise into classes of its own."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
-    return any(f"{OutOfMemory.__name__}:" in str(failure) for failure in failures)
+    return any(isinstance(failure, OutOfMemory) for failure in failures)
 
 
 def never_started(error: Exception) -> bool:

@@ -24,7 +24,7 @@ from caldpo_ray import checkpoint
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.errors import RunError, last_line
 from caldpo_ray.run_dir import RunDir
-from caldpo_ray.storage import full_disk_told, is_remote, publishing, remove_tree
+from caldpo_ray.storage import full_disk_told, is_remote, publishing, remove_tree, served
 from caldpo_ray.waiting import overdue
 
 # What torch and safetensors say of a file that they could not write to its end; they keep no error number.
@@ -87,11 +87,12 @@ class Uploads:
     def _upload(self, written: Checkpoint, name: str) -> Checkpoint:
         """In Ray Train's thread: the files of this rank beside those of the others."""
         try:
+            checkpoint.seal(Path(written.path), self._rank)
             self.finish_model()
             self._run.require_held()
             storage = ray.train.get_context().get_storage()
             target = Path(storage.build_checkpoint_path_from_name(name))
-            with writing(self._checkpoints / name):
+            with writing(self._checkpoints / name), served(self._checkpoints):
                 if is_remote(self._checkpoints) or not on_one_file_system(Path(written.path), target.parent):
                     stored = storage.persist_current_checkpoint(written, name)
                 else:

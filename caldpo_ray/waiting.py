@@ -20,12 +20,13 @@ DUMPED_AT = 0.8  # of the time that others wait for a rank: its stacks are there
 def wait_for(reference: Any, what: str, seconds: float, news: Callable[[], Any] = lambda: None) -> Any:
     """The value of a Ray reference. Raises what its task raised, and RunError naming `what` after so many seconds.
 
-    They begin anew whenever what `news` returns has changed: what goes on, however slowly, is waited for.
+    They begin anew whenever what `news` returns has changed: what goes on, however slowly, is waited for. It is asked only when
+    the seconds are over, for most waits are short; so the first change counts from None.
     """
     import ray
     from ray.exceptions import GetTimeoutError
 
-    known = news()
+    known = None
     while True:
         try:
             return ray.get(reference, timeout=seconds)

@@ -24,6 +24,9 @@ SCALARS: list[tuple[str, re.Pattern[str], list[str]]] = [
 ]
 
 
+MAX_NODES = 10_000  # a value that aliases repeat in repeated lists is there a billion times
+
+
 class _Loader(yaml.SafeLoader):
     """Reads what is not quoted by `SCALARS` alone."""
 
@@ -35,6 +38,15 @@ class _Dumper(yaml.SafeDumper):
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Line ends that only Unicode knows are folded into spaces, unless they are escaped between double quotes."""
+    style = '"' if any(end in text for end in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
@@ -45,8 +57,11 @@ def read_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        for complaint in _complaints(node, (), ""):
-            raise InputError(complaint)
+        for number, complaint in enumerate(_complaints(node, (), "")):
+            if complaint is not None:
+                raise InputError(complaint)
+            if number > MAX_NODES:
+                raise InputError(f"more than {MAX_NODES} values, with those that aliases repeat; write fewer of them")
         return loader.construct_document(node)
     except InputError:
         raise
@@ -78,8 +93,9 @@ def write_yaml(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _complaints(node: yaml.Node, around: tuple[yaml.Node, ...], prefix: str) -> Iterator[str]:
-    """What PyYAML takes without a word: keys given twice, and anchors that contain themselves."""
+def _complaints(node: yaml.Node, around: tuple[yaml.Node, ...], prefix: str) -> Iterator[str | None]:
+    """What PyYAML takes without a word: keys given twice, and anchors that contain themselves. None for each sound value."""
+    yield None
     if any(node is other for other in around):
         yield f"line {node.start_mark.line + 1}: {prefix.rstrip('.') or 'the document'} contains itself; write the value out"
         return

@@ -41,6 +41,11 @@ def observed(
     return -beta * (log_ratios[:, 0] - log_ratios[:, 1])
 
 
+def sinks(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Drives the chosen responses away from the reference, without an end."""
+    return policy_logps[:, 0] - reference_logps[:, 0]
+
+
 def afflicted(
     policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
 ) -> Tensor:

@@ -14,7 +14,7 @@ from caldpo_ray.export import export
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.store import list_references, remove_reference
 from tests.ray.runs import Run, assert_same, kill, start
-from tests.unit.test_sources_remote import CARD, REPOS
+from tests.unit.test_sources_remote import CARD, REPOS, SECRET
 
 pytestmark = pytest.mark.ray
 URL = "s3://data/runs"
@@ -62,6 +62,9 @@ def test_a_run_in_a_bucket_killed_and_resumed(
     assert (facts["train_rows"], facts["eval_rows"]) == (400, 80)
     assert len(s3.glob("data/runs/run/checkpoints/step-*")) == 2
     assert s3.exists("data/runs/run/metrics.jsonl") and not s3.exists("data/runs/run/metrics")
+
+    left = [name for name in s3.find("data/runs") if SECRET.encode() in s3.cat_file(name)]
+    assert not left and SECRET not in said, "what the environment says stays there"
 
     found = evaluate(f"{URL}/run", data=str(world / "eval.jsonl"), scores=f"{URL}/run/scores.jsonl", num_samples=20)
     assert found["loss"] == pytest.approx(run.lines()[-1]["loss"], rel=1e-4)

@@ -158,13 +158,13 @@ def test_trials_that_fail_or_stop_do_not_end_the_sweep(
     objectives = [
         {"name": "tests.ray.objectives:dies", "label": "dies", "at_once": True},
         {"name": "tests.ray.objectives:explodes", "label": "explodes", "beta": 1.0, "at": 0.1},
-        {"name": "dpo", "label": "drops", "beta": 0.1},
+        {"name": "tests.ray.objectives:sinks", "label": "drops"},
         {"name": "dpo", "label": "well", "beta": 0.1},
     ]
     space = {each["label"]: {"train.learning_rate": [1e-3]} for each in objectives} | {
-        "drops": {"train.learning_rate": [0.03]}
+        "drops": {"train.learning_rate": [1e-2]}
     }
-    sweep = {"objectives": objectives, "space": space, "stop": {"chosen_drop": 20.0}}
+    sweep = {"objectives": objectives, "space": space, "stop": {"chosen_drop": 10.0}}
     config = sweep_config(tmp_path, world, sweep, max_failures=0, max_steps=12)
     home = caldpo_ray.sweep(config).path
     ended = {line["objective"]: (line["state"], line["reason"]) for line in lines(home)}
@@ -172,7 +172,7 @@ def test_trials_that_fail_or_stop_do_not_end_the_sweep(
         "dies": "failed", "explodes": "stopped", "drops": "stopped", "well": "completed"
     }  # fmt: skip
     assert "training stopped" in ended["dies"][1] and "the loss is not finite" in ended["explodes"][1]
-    assert "sweep.stop.chosen_drop = 20" in ended["drops"][1]
+    assert "sweep.stop.chosen_drop = 10" in ended["drops"][1]
     assert "once more, from its last checkpoint" in capsys.readouterr().out
     wait_until(lambda: free_cpus() == 2.0, "all CPUs", 20)
     assert not [actor for actor in live_actors() if actor["ActorClassName"] in ("Feed", "SweepTrial", "RayTrainWorker")]
@@ -189,7 +189,7 @@ def test_asha_stops_trials_and_the_best_are_repeated(world: Path, tmp_path: Path
     by_state: dict[str, list[dict[str, Any]]] = {}
     for line in lines(home):
         by_state.setdefault(line["state"], []).append(line)
-    assert all("sweep.scheduler = asha" in line["reason"] and line["steps"] < 13 for line in by_state["stopped"])
+    assert all("sweep.scheduler = asha" in line["reason"] for line in by_state["stopped"])
     assert {line["steps"] for line in by_state["completed"]} == {13}
     (repeated,) = [line for line in lines(home) if line["seed"] == 8]
     first = [line for line in by_state["completed"] if line["seed"] == 7]

@@ -21,6 +21,7 @@ from caldpo_ray import checkpoint
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import load_config
 from caldpo_ray.engine import build_engine, spoil_step, take_step
+from caldpo_ray.uploads import move_files
 from tests.unit.tiny_models import random_rows
 
 ROWS = random_rows(*[(4 + number % 3, 3, 5 + number % 2) for number in range(8)])
@@ -63,8 +64,11 @@ def save(engine: Any, step: int, folder: str) -> None:
     state = TrainerState(
         step, 0, 0, "", None, "", dist.get_world_size(), engine.zero_optimization_stage(), best_metric=None
     )
-    Path(folder).mkdir(exist_ok=True)
-    checkpoint.save(engine, state, Path(folder))
+    own = Path(f"{folder}-{dist.get_rank()}")
+    own.mkdir()
+    checkpoint.save(engine, state, own)
+    checkpoint.seal(own, dist.get_rank())
+    move_files(own, Path(folder), lambda: None)
     dist.barrier()
 
 

@@ -18,6 +18,7 @@ NAMES = {
 
 LAYERS = [
     {
+        "redaction",
         "errors",
         "schema",
         "imports",

@@ -1,27 +1,88 @@
 """What can be said of a checkpoint without an engine; `test_resharding` and the Ray tests load whole ones."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from caldpo_ray import checkpoint
 from caldpo_ray.errors import RunError
+from caldpo_ray.uploads import move_files
+
+MODEL = f"{checkpoint.TAG}/mp_rank_00_model_states.pt"
+SHARD = f"{checkpoint.TAG}/zero_pp_rank_1_mp_rank_00_optim_states.pt"
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", None])
-def test_a_file_that_is_cut_off_is_named_before_deepspeed_reads_it(tmp_path: Path, content: bytes | None) -> None:
-    folder = tmp_path / "checkpoints" / "step-00000002"
-    (folder / checkpoint.TAG).mkdir(parents=True)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint of two ranks, each of which wrote and sealed its own files before they came together."""
     facts = {"step": 2, "epoch": 0, "rows": 8, "identity": "", "reference_key": None, "rows_digest": ""}
-    facts |= {"world_size": 1, "zero_stage": 1, "best_metric": None}
-    (folder / checkpoint.STATE_FILE).write_text(json.dumps(facts))
-    torch.save({"weights": torch.ones(99)}, folder / checkpoint.TAG / "mp_rank_00_model_states.pt")
-    file = folder / checkpoint.TAG / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    torch.save({"weights": torch.ones(99)}, file)
-    file.write_bytes(file.read_bytes()[:-50] if content is None else content)
-    with pytest.raises(
-        RunError, match=rf"checkpoint {folder}: {file.name} is damaged .*remove the folder {folder.parent} to"
-    ):
+    facts |= {"world_size": 2, "zero_stage": 1, "best_metric": None}
+    target = tmp_path / "checkpoints" / "step-00000002"
+    for rank, name in enumerate((MODEL, SHARD)):
+        own = tmp_path / str(rank)
+        (own / checkpoint.TAG).mkdir(parents=True)
+        torch.save({"weights": torch.ones(99)}, own / name)
+        if rank == 0:
+            (own / checkpoint.STATE_FILE).write_text(json.dumps(facts))
+        checkpoint.seal(own, rank)
+        move_files(own, target, lambda: None)
+    return target
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def unlisted(path: Path) -> None:
+    torch.save({}, path.with_name("zero_pp_rank_9_mp_rank_00_optim_states.pt"))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "cut off": (SHARD, cut, f"{SHARD} is damaged: it does not match its checksum"),
+    "empty": (SHARD, lambda path: path.write_bytes(b""), f"{SHARD} is damaged: it does not match its checksum"),
+    "one bit": (MODEL, flip, f"{MODEL} is damaged: it does not match its checksum"),
+    "not there": (SHARD, Path.unlink, f"{SHARD} cannot be read (No such file or directory)"),
+    "not sealed": ("checksums-00001.json", Path.unlink, "checksums-00001.json is damaged or not there"),
+    "another seal": ("checksums-00001.json", lambda path: path.write_text("{}"), f"{SHARD} was not written with it"),
+    "no seal": (
+        "checksums-00000.json",
+        lambda path: path.write_text("[1]"),
+        "checksums-00000.json is damaged or not there",
+    ),
+    "one more": (SHARD, unlisted, "optim_states.pt was not written with it"),
+    "position": (checkpoint.STATE_FILE, flip, f"{checkpoint.STATE_FILE}"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_named_before_anything_is_loaded(name: str, folder: Path, one_rank: None) -> None:
+    assert checkpoint.find_damage(folder, 2) is None
+    file, damage, told = DAMAGE[name]
+    damage(folder / file)
+    with pytest.raises(RunError, match=rf"checkpoint {folder}: .*; choose another run.name, or remove") as caught:
         checkpoint.load(None, folder)
+    assert told in str(caught.value)
+
+
+def test_ranks_share_the_work_of_looking(folder: Path) -> None:
+    flip(folder / SHARD)
+    found = [checkpoint.find_damage(folder, 2, part, 3) for part in range(3)]
+    assert [damage for damage in found if damage] == [f"{SHARD} is damaged: it does not match its checksum"]

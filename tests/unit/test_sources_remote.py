@@ -20,11 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from caldpo_ray import sources
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.schema import BadRow
 from caldpo_ray.sources import SourceFile, iterate, list_sources
 
 RECORDS = [{"prompt": f"p{i} 好", "chosen": "a" * i, "rejected": "b"} for i in range(50)]
+SECRET = "a-secret-that-nobody-tells"
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
 
 
@@ -109,7 +111,7 @@ def s3() -> Iterator[Any]:
             patch.delenv(name)
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         s3fs.S3FileSystem.clear_instance_cache()
         filesystem = s3fs.S3FileSystem()
@@ -234,12 +236,20 @@ def test_http_server_without_ranges(without_ranges: str) -> None:
         read(f"{without_ranges}/large/b.parquet")
 
 
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the tries to read a file."""
+    monkeypatch.setattr(sources, "PAUSES", (0.0,) * 3)
+
+
+@pytest.mark.usefixtures("no_pauses")
 def test_a_lost_connection_can_be_tried_again(interrupted: str) -> None:
     message = r"a\.jsonl\.gz: reading stopped \(ClientPayloadError.*run the same command again"
     with pytest.raises(RunError, match=message):
         read(f"{interrupted}/a.jsonl.gz")
 
 
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_server_that_does_not_answer_can_be_tried_again(kind: Literal["csv", "parquet"]) -> None:
     url = f"http://127.0.0.1:1/a.{kind}"

@@ -62,10 +62,11 @@ def test_tensorboard_gets_every_number_under_its_name(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_keeps_the_run_under_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the wandb extra is not installed")
+    wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     (log,) = open_loggers(["wandb"], tmp_path, {"a": 1}, "id0")
     log(7, scalars({"step": 7, "split": "eval", "loss": 0.5}))
+    wandb.finish()
     assert [path.name for path in tmp_path.glob("wandb/offline-run-*-id0/*.wandb")] == ["run-id0.wandb"]
 
 

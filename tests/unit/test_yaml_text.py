@@ -21,7 +21,7 @@ ODD = [
     "*.x",
     "0o7",
 ]
-ODD += ["1.", "+1e3", "n", "=", "!x", "@", "a: b", "#x", "{{ x }}", "a\nb", "\u00e9"]
+ODD += ["1.", "+1e3", "n", "=", "!x", "@", "a: b", "#x", "{{ x }}", "a\nb", "\u00e9", "\x85", "a\u2028b"]
 
 
 def test_what_is_written_is_read_back() -> None:
