@@ -280,7 +280,7 @@ class _Delivery(io.RawIOBase):
     """
 
     def __init__(self, source: SourceFile) -> None:
-        self._source, self._position = source, 0
+        self._source, self._position, self._lost = source, 0, False
         self._file: BinaryIO | None = None
 
     def readinto(self, buffer: Any) -> int:
@@ -298,6 +298,7 @@ class _Delivery(io.RawIOBase):
             try:
                 return self._try(do)
             except RunError:
+                self._lost = True
                 self._forget_file()
                 time.sleep(pause)
         return self._try(do)
@@ -319,7 +320,7 @@ class _Delivery(io.RawIOBase):
 
     def _go_on(self, file: BinaryIO) -> None:
         """Where the connection was lost, if it is still the same file."""
-        if not self._position:
+        if not self._lost:
             return
         path = self._source.path
         if list_sources(path)[0].fingerprint != self._source.fingerprint:

@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
+from caldpo_ray.comparison import bootstrap_interval
 from caldpo_ray.drawing import COLOURS, DASHES, GREY, MARKERS, Doubles, Picture, sheet
 from caldpo_ray.run_figures import draw_optimum
 
-NUM_RESAMPLES = 2000
 BETA = "objective.beta"
 LOG_AXIS_RATIO = 8.0  # a parameter that spans more than this is drawn on a logarithmic axis
 # What buys reward and what it costs, the best measure first: (metric, axis).
@@ -69,14 +69,6 @@ def draw_sweep(facts: SweepFacts) -> list[Picture]:
     """Every figure for which the trials have the numbers."""
     drawn: list[Callable[[SweepFacts], Picture | None]] = [_leader_board, _by_beta, _frontier, _parallel]
     return [picture for draw in drawn if (picture := draw(facts)) is not None]
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over seeds; no wider than a single value where there is but one."""
-    array = np.asarray(values, float)
-    draws = np.random.default_rng(0).integers(len(array), size=(NUM_RESAMPLES, len(array)))
-    low, high = np.quantile(array[draws].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _style(facts: SweepFacts, objective: str) -> tuple[Any, str, Any]:
@@ -138,7 +130,9 @@ def _by_beta(facts: SweepFacts) -> Picture | None:
                     best[beta] = point
             betas = sorted(best)
             means = np.array([_mean(best[beta], facts.metric) for beta in betas])
-            ends = np.array([bootstrap_interval([t.metrics[facts.metric] for t in best[beta]]) for beta in betas])
+            values = [[trial.metrics[facts.metric] for trial in best[beta]] for beta in betas]
+            # One seed has no interval, and no band.
+            ends = np.array([bootstrap_interval(of_seeds) or of_seeds * 2 for of_seeds in values])
             axes.fill_between(betas, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
             axes.plot(betas, means, color=colour, linestyle=dash, marker=marker, label=objective)
         axes.set(xscale="log", xlabel="β (1/nats), log axis", ylabel=f"{facts.metric} (report half)")

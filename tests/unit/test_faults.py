@@ -7,6 +7,7 @@ import pytest
 import torch
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from caldpo_ray.config import TrainSection
 from caldpo_ray.errors import OutOfMemory, RunError
@@ -58,10 +59,9 @@ def test_a_row_that_is_too_large_alone_and_other_errors(tmp_path: Path) -> None:
 
 
 def failed(error: Exception) -> WorkerGroupError:
-    wrapped = UserExceptionWithTraceback(
-        error, f"Traceback ...\n{type(error).__module__}.{type(error).__name__}: {error}"
-    )
-    return WorkerGroupError("", {1: wrapped})
+    """As Ray Train tells its controller what a worker raised."""
+    wrapped = UserExceptionWithTraceback(error, "Traceback ...")
+    return WorkerGroupPollStatus({1: WorkerStatus(running=False, error=wrapped)}).get_worker_group_error()
 
 
 def test_restarts_for_lack_of_memory_are_not_counted() -> None:

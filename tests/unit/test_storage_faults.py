@@ -246,14 +246,14 @@ def test_a_connection_that_is_lost_is_taken_up_where_it_was(server: type[CutOnce
 
 
 class Changing(CutOnce):
-    """Has another file after the first body that it cut."""
+    """Has another file from the moment it cuts a body."""
 
     files: ClassVar = {"/a.jsonl": LINES * 50}
 
-    def do_GET(self) -> None:
-        super().do_GET()
+    def reply_file(self, content: bytes, **headers: str) -> None:
         if self.cut:
             self.files["/a.jsonl"] = LINES[:-1] + b" " + LINES * 49
+        super().reply_file(content, **headers)
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_mixed(no_pauses: None) -> None:
