@@ -86,13 +86,19 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Try a few rows on the cluster: speeds and costs.")
     ] = False,
+    on_paper: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU", help="Ask no cluster; the arithmetic of a run on this GPU, e.g. 'NVIDIA H100 80GB'."
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Check config, a sample of the data, memory, resources and labels; start nothing."""
     from caldpo_ray.config import load_config
     from caldpo_ray.plan import plan as look
 
-    for line in look(load_config(config, overrides or []), verbose, measure):
+    for line in look(load_config(config, overrides or []), verbose, measure, on_paper):
         typer.echo(line)
 
 

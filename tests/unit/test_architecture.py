@@ -97,6 +97,7 @@ LAYERS = [
         "sweeps",
         "evaluation",
         "export",
+        "paper",
         "plan",
         "report",
         "cli",
