@@ -30,6 +30,7 @@ UTILISATION = 0.4  # of the dense peak, of policy and reference alike: what well
 class Step:
     """One optimiser step over a global batch of average rows."""
 
+    num_workers: int
     rows: int
     tokens: float
     policy_flops: float
@@ -47,12 +48,11 @@ def paper_lines(config: Config, device: str, rows: Sequence[Row], num_rows: int 
         known = ", ".join(" ".join(sorted(names)) for names, peaks in PEAKS if config.model.dtype in peaks)
         raise InputError(f"--on-paper {device}: no {config.model.dtype} speed is known of it; known are {known}")
     found, step = footprint(config), one_step(config, peak, rows)
-    num_workers = config.train.num_workers
     yield (
-        f"on paper   {num_workers} policy GPUs, {device}, at {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s each; nothing of this"
+        f"on paper   {step.num_workers} policy GPUs, {device}, at {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s each; nothing of this"
         " was measured"
     )
-    yield from _fit_lines(config, device, found)
+    yield from _fit_lines(config, device, found, step)
     yield (
         f"step       {step.rows} rows, {step.tokens:,.0f} tokens: {step.policy_flops / 1e15:.2f} PFLOP, {step.seconds:.2f} s,"
         f" {step.micro_batches} micro-batch{'es' * (step.micro_batches > 1)} per worker"
@@ -61,7 +61,7 @@ def paper_lines(config: Config, device: str, rows: Sequence[Row], num_rows: int 
         yield from _run_lines(config, step, num_rows)
     yield from _reference_lines(config, step, peak, num_rows)
     yield from _network_lines(config, found, step)
-    yield from _feed_lines(config, rows, step)
+    yield from _feed_lines(rows, step)
     yield from _checkpoint_lines(config, found, step)
 
 
@@ -75,9 +75,10 @@ def one_step(config: Config, peak: float, rows: Sequence[Row]) -> Step:
     chunks = math.ceil(train.micro_batch_tokens / head_chunk_positions(model.config.get_text_config().vocab_size))
     policy = cost.of(tokens, pairs, scored, chunks, backward=True) * train.batch_size
     reference = cost.of(tokens, pairs, scored, 1, backward=False) * train.batch_size
-    micro_batches = math.ceil(tokens * train.batch_size / train.num_workers / train.micro_batch_tokens)
-    seconds = policy / (train.num_workers * peak * UTILISATION)
-    return Step(train.batch_size, tokens * train.batch_size, policy, reference, micro_batches, seconds)
+    workers = train.num_workers
+    micro_batches = math.ceil(tokens * train.batch_size / workers / train.micro_batch_tokens)
+    seconds = policy / (workers * peak * UTILISATION)
+    return Step(workers, train.batch_size, tokens * train.batch_size, policy, reference, micro_batches, seconds)
 
 
 def _attended(row: Row) -> int:
@@ -95,13 +96,13 @@ def _model(config: Config) -> Any:
         return add_lora(model, settings.lora, config.run.seed)
 
 
-def _fit_lines(config: Config, device: str, found: Footprint) -> Iterator[str]:
+def _fit_lines(config: Config, device: str, found: Footprint, step: Step) -> Iterator[str]:
     """Where the name says how much memory the GPU has."""
     size = re.search(r"(\d+) ?GB", device)
     activations = found.of_micro_batch(config.train.micro_batch_tokens)
     if size is None or activations is None:
         return
-    needed = sum(found.of_worker(zero_stage(config), config.train.num_workers).values()) + activations
+    needed = sum(found.of_worker(zero_stage(config), step.num_workers).values()) + activations
     has, actor = int(size[1]) * 1e9, found.of_reference / max(1.0, config.reference.num_gpus_per_actor)
     yield (
         f"           a policy worker fills {needed / has:.0%} of its GPU"
@@ -115,7 +116,7 @@ def _run_lines(config: Config, step: Step, num_rows: int) -> Iterator[str]:
     steps = Schedule(num_rows, train.batch_size, train.epochs, 0, False, train.max_steps).num_steps
     hours = steps * step.seconds / 3600
     yield (
-        f"           {steps:,} steps for {num_rows:,} rows: {hours:,.1f} h, {hours * train.num_workers:,.0f} GPU-hours without"
+        f"           {steps:,} steps for {num_rows:,} rows: {hours:,.1f} h, {hours * step.num_workers:,.0f} GPU-hours without"
         " starts and evaluations"
     )
 
@@ -124,11 +125,11 @@ def _reference_lines(config: Config, step: Step, peak: float, num_rows: int | No
     if not config.objective.needs_reference:
         return
     ratio = step.policy_flops / step.reference_flops
-    needed = math.ceil(config.train.num_workers / ratio)
+    needed = math.ceil(step.num_workers / ratio)
     per_actor = max(1.0, config.reference.num_gpus_per_actor)
     yield (
         f"reference  {step.reference_flops / 1e15:.2f} PFLOP per step: a reference GPU keeps up with {ratio:.1f} policy GPUs of its"
-        f" kind, so {needed} for {config.train.num_workers}, {math.ceil(needed / per_actor)} actors of {per_actor:g} each"
+        f" kind, so {needed} for {step.num_workers}, {math.ceil(needed / per_actor)} actors of {per_actor:g} each"
     )
     if num_rows is not None:
         hours = step.reference_flops / step.rows * num_rows / (peak * UTILISATION) / 3600
@@ -137,8 +138,7 @@ def _reference_lines(config: Config, step: Step, peak: float, num_rows: int | No
 
 def _network_lines(config: Config, found: Footprint, step: Step) -> Iterator[str]:
     """What a policy worker sends and receives, after ZeRO's paper (arXiv:1910.02054, section 7)."""
-    workers, stage = config.train.num_workers, zero_stage(config)
-    others = (workers - 1) / workers
+    stage, others = zero_stage(config), (step.num_workers - 1) / step.num_workers
     gradients = found.trained * found.bytes_per_parameter * others
     weights = found.parameters * found.bytes_per_parameter * others
     if stage == 3:
@@ -157,12 +157,12 @@ def _network_lines(config: Config, found: Footprint, step: Step) -> Iterator[str
     )
 
 
-def _feed_lines(config: Config, rows: Sequence[Row], step: Step) -> Iterator[str]:
+def _feed_lines(rows: Sequence[Row], step: Step) -> Iterator[str]:
     """Shares through Ray: a worker holds one and has asked for the next."""
     logps = np.zeros((len(rows), max(len(row.response_ids) for row in rows)), np.float32)
     (packed,) = Share([MicroBatch(list(rows), logps, 1)], len(rows), 0.0).__reduce__()[1]
     per_step = len(packed) / len(rows) * step.rows
-    workers = config.train.num_workers
+    workers = step.num_workers
     yield (
         f"feed       {describe_bytes(per_step)} per step in {workers} shares, {per_step / step.seconds / 1e6:.2f} MB/s and"
         f" {workers / step.seconds:.0f} calls/s; in the object store at once {describe_bytes(2 * per_step)}"
@@ -174,7 +174,7 @@ def _checkpoint_lines(config: Config, found: Footprint, step: Step) -> Iterator[
     state = found.trained * found.states_per_parameter
     whole = found.parameters * found.bytes_per_parameter
     each, kept = whole + state, train.keep_checkpoints
-    share = describe_bytes(each / train.num_workers)
+    share = describe_bytes(each / step.num_workers)
     yield (
         f"storage    a checkpoint {describe_bytes(each)} ({share} per worker), {kept} kept: {describe_bytes(each * kept)}; the"
         f" model {describe_bytes(whole)}"

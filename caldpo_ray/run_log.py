@@ -4,6 +4,7 @@ Ray keeps that output in a file of the worker (`/tmp/ray/session_latest/logs/wor
 """
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,3 +19,8 @@ class RunLog:
     def __call__(self, event: str, step: int | None, facts: Mapping[str, Any] | None = None) -> None:
         line = {"time": time.strftime("%FT%TZ", time.gmtime()), **self._place, "step": step, "event": event}
         print(json.dumps(line | dict(facts or {})), flush=True)
+
+
+def log_of_rank(settings: Mapping[str, Any]) -> RunLog:
+    """Of the policy worker that calls it with what it was given; its process group may be gone already."""
+    return RunLog(settings["run_dir"].rpartition("/")[2], settings["sweep"], int(os.environ["RANK"]))

@@ -4,7 +4,6 @@ Each worker takes one dictionary, rebuilds the config and touches no globals. Th
 count of the global batch, so accumulation and sharding do not change it.
 """
 
-import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -37,7 +36,7 @@ from caldpo_ray.progress import this_place
 from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
-from caldpo_ray.run_log import RunLog
+from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.storage import make_folder, open_path, write_atomically
 from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
@@ -84,7 +83,7 @@ class PolicyWorker:
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         self.published = RunMetrics(self.run.path.name)
-        self.log = run_log(settings)
+        self.log = log_of_rank(settings)
         if self.rank == 0:
             self.loggers = open_loggers(
                 self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
@@ -379,15 +378,10 @@ class PolicyWorker:
         self.skipped_steps += 1
         reason = f"step {step + 1}: {what}"
         told = leave_out(self.config.train, self.skipped_steps, reason, row_ids)
-        self.log("skipped", step + 1, {"reason": reason})
         if self.rank == 0:
-            rows = self.schedules["train"].rows_consumed(step + 1)
-            place = {
-                "step": step + 1,
-                "epoch": rows / self.schedules["train"].num_rows,
-                "rows": rows,
-                "split": "skipped",
-            }
+            schedule = self.schedules["train"]
+            rows = schedule.rows_consumed(step + 1)
+            place = {"step": step + 1, "epoch": rows / schedule.num_rows, "rows": rows, "split": "skipped"}
             self.run.require_held()
             append_metrics(self.run.metrics, place | {"reason": reason, "row_ids": row_ids})
             self.feed.note.remote(f"warning: {told}")
@@ -422,15 +416,10 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
             raise
 
 
-def run_log(settings: dict[str, Any]) -> RunLog:
-    """Of the rank that calls it, whose process group may be gone already."""
-    return RunLog(open_path(settings["run_dir"]).name, settings["sweep"], int(os.environ["RANK"]))
-
-
 def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
     """Tell the feed why this rank stops; whether starting the group again may cure it."""
     feed = settings["feed"]
-    run_log(settings)("stopped", None, {"reason": f"{type(error).__name__}: {last_line(error)}"})
+    log_of_rank(settings)("stopped", None, {"reason": f"{type(error).__name__}: {last_line(error)}"})
     if isinstance(error, (InputError, RunError)):
         ours = find_error(error) or error  # without Ray's account of where it came from
         wait_for(feed.fail.remote(type(ours).__name__, str(ours)), "the feed", FEED_SECONDS)
