@@ -49,8 +49,8 @@ def paper_lines(config: Config, device: str, rows: Sequence[Row], num_rows: int 
         raise InputError(f"--on-paper {device}: no {config.model.dtype} speed is known of it; known are {known}")
     found, step = footprint(config), one_step(config, peak, rows)
     yield (
-        f"on paper   {step.num_workers} policy GPUs, {device}, at {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s each; nothing of this"
-        " was measured"
+        f"on paper   {step.num_workers} policy GPUs, {device}, at {UTILISATION:.0%} of {peak / 1e12:,.0f} TFLOP/s each; none of"
+        " this was measured"
     )
     yield from _fit_lines(config, device, found, step)
     yield (
