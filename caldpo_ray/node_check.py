@@ -44,13 +44,11 @@ def require_shared(folder: Path, nodes: Sequence[Node]) -> None:
     make_folder(probe)
     try:
         write_atomically(probe / DRIVER, b"")
-        task = ray.remote(look).options(num_cpus=0, max_retries=0)
-        asked = {
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote(
-                str(probe), node.node_id, version("caldpo-ray")
-            ): node
-            for node in nodes
-        }
+        task, asked = ray.remote(look), dict[Any, Node]()
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            started = task.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[started.remote(str(probe), node.node_id, version("caldpo-ray"))] = node
         ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
         for answer, node in asked.items():
             told = _answer(answer) or ("" if (probe / node.node_id).exists() else _unshared(str(probe)))
