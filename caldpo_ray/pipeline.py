@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from caldpo_ray.access import refusal
 from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
@@ -24,7 +25,8 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling
+from caldpo_ray.node_check import require_alike
+from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -156,6 +158,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     deepspeed_config(config, config.train.num_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
+    require_alike(config)
     if config.model.trust_remote_code:
         say(
             "model.trust_remote_code is on: Python code that comes with the model runs on every node, with your permissions"
@@ -210,10 +213,7 @@ def connect(verbose: bool) -> None:
         try:
             _join_or_start(start)
         except Exception as error:  # a node that is slow to start raises a plain Exception
-            where = os.environ.get("RAY_ADDRESS", "a local cluster")
-            raise NotReady(
-                f"Ray: {where} cannot be used ({last_line(error)}); check RAY_ADDRESS, or unset it"
-            ) from None
+            raise NotReady(refusal(error, os.environ.get("RAY_ADDRESS", "a local cluster"))) from None
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -302,7 +302,7 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node())
         .remote(config, prepared.folders, prepared.job, newest_step(run.checkpoints), prepared.num_report > 0)
     )
     feed.start.remote()
