@@ -107,7 +107,7 @@ def damage(run: Run, what: str, draw: random.Random) -> bool:
     except (OSError, ValueError):  # the kill has done it already
         return False
     names = sorted(result["checkpoint_dir_name"] for result in listed)
-    how, _, where = what.partition(" ")
+    how, _, where = what.rpartition(" ")
     if where == "list":
         DAMAGE[how](checkpoints / LIST_FILE, draw)
         return True
