@@ -20,10 +20,11 @@ from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, Progress, count_split, schedules
 from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
+from caldpo_ray.interrupts import own_signals_kept
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling
+from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, room_for_workers, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -153,7 +154,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     """
     require_installed(config.loggers, config.run_dir)
     require_objective(config.objective)
-    deepspeed_config(config, config.train.num_workers)
+    deepspeed_config(config, config.train.most_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
     if config.model.trust_remote_code:
@@ -209,7 +210,8 @@ def connect(verbose: bool) -> None:
             ray.init, log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False
         )
         try:
-            _join_or_start(start)
+            with own_signals_kept():
+                _join_or_start(start)
         except Exception as error:  # a node that is slow to start raises a plain Exception
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
             raise NotReady(
@@ -278,9 +280,8 @@ def fit(
     `watch(feed, metrics, number of steps)` is entered meanwhile and shows how things go; `controller` as PolicyTrainer takes it.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
-    from caldpo_ray.trainer import PolicyTrainer
+    from caldpo_ray.trainer import PolicyTrainer, run_config
 
     config, run = prepared.config, prepared.run
     side_by_side = prepared.side_by_side
@@ -289,7 +290,7 @@ def fit(
     write_manifest(prepared, [])
     feed = (
         ray.remote(Feed)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node())
         .remote(config, prepared.folders, prepared.job, _newest_step(run), prepared.num_report > 0)
     )
     feed.start.remote()
@@ -304,19 +305,14 @@ def fit(
         }
     trainer = PolicyTrainer(
         train_loop,
+        feed,
         controller,
+        room=partial(room_for_workers, config, prepared.job is not None and side_by_side),
         placement_seconds=config.train.placement_timeout_seconds,
         wait_seconds=config.train.wait_timeout_seconds,
         train_loop_config=worker_settings(prepared, feed),
         scaling_config=scaling(config),
-        run_config=RunConfig(
-            name="checkpoints",
-            **ray_train_storage(run.path),
-            failure_config=FailureConfig(
-                max_failures=config.train.max_failures, controller_failure_limit=config.train.max_failures
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints, **ranked),
-        ),
+        run_config=run_config(config.train, ray_train_storage(run.path), ranked),
     )
     num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
     try:
@@ -334,7 +330,7 @@ def fit(
 
 def _why_stopped(error: Exception, progress: Progress, config: Config) -> Exception:
     """What to tell of the error that Ray Train ended with. Raises what a worker or the feed has told already."""
-    from caldpo_ray.trainer import never_started
+    from caldpo_ray.regroup import never_started
 
     progress.raise_failure()
     if never_started(error):
@@ -355,12 +351,12 @@ def _newest_step(run: RunDir) -> int:
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
 
-def train_loop(settings: dict[str, Any]) -> None:
+def train_loop(settings: dict[str, Any]) -> bool:
     """What a worker runs; imported there, so that the driver needs no transformers."""
     with large_imports():
         from caldpo_ray.training import train_loop_per_worker
 
-    train_loop_per_worker(settings)
+    return train_loop_per_worker(settings)
 
 
 def _get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:

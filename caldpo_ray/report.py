@@ -192,7 +192,7 @@ def _cost(
         )
         facts["Training steps"] = f"{seconds:,.0f} s"
         if config.train.use_gpu:
-            facts["GPU-hours of the policy"] = f"{seconds * config.train.num_workers / 3600:,.2f}"
+            facts["GPU-hours of the policy"] = f"{seconds * config.train.most_workers / 3600:,.2f}"
     if evaluated and all("wall_seconds" in line for line in evaluated):
         facts["Evaluations"] = f"{sum(line['wall_seconds'] for line in evaluated):,.0f} s in {len(evaluated)}"
     for name in ("reference", "feed"):

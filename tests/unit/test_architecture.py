@@ -20,6 +20,7 @@ LAYERS = [
     {
         "redaction",
         "errors",
+        "interrupts",
         "schema",
         "imports",
         "yaml_text",
@@ -75,6 +76,8 @@ LAYERS = [
         "engine",
         "faults",
         "input_stamp",
+        "leaving",
+        "regroup",
     },
     {"data", "reference", "feed", "training", "sampling"},
     {
