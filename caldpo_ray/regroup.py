@@ -18,7 +18,12 @@ from ray.train.v2._internal.constants import (
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.controller.state import PreemptingState, TrainControllerState
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    ReschedulingState,
+    SchedulingState,
+    TrainControllerState,
+)
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -33,6 +38,7 @@ from caldpo_ray.errors import Left, OutOfMemory
 # A group of variable size asks anew what there is when its workers were not placed so soon: they may be meant for a node that
 # is gone, which Ray itself notices only after a while.
 ELASTIC_START_SECONDS = 8.0
+SMALLER_SECONDS = 120.0  # at first, for as long as a size is not tried again for which there only seemed to be room
 IDLE_SECONDS = 0.5
 ANSWER_SECONDS = 5.0
 
@@ -104,6 +110,7 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]
         """`room(nodes)` is for how many workers all but these nodes have room, whoever else runs there."""
         super().__init__(scaling)
         self._going: frozenset[str] = frozenset()
+        self._size, self._most, self._most_until, self._patience = 0, 0, 0.0, SMALLER_SECONDS
         self._room, self._ask_to_move, self._placement_seconds = room, ask_to_move, placement_seconds
         self._waits_since: float | None = None
 
@@ -133,9 +140,10 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]
             node: {kind: amount + 1e-6 for kind, amount in resources.items()}
             for node, resources in reserved_resources.items()
         }
-        room = self._room(self._going)
-        # Ray knows who else runs there, but counts nodes that are about to go.
-        return room if self._going else min(room, int(super()._count_possible_workers(rounded)))
+        count = self._room(self._going)
+        if not self._going:  # Ray knows who else runs there, but counts nodes that are about to go
+            count = min(count, int(super()._count_possible_workers(rounded)))
+        return count if time.monotonic() > self._most_until else min(count, self._most)
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -143,6 +151,12 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]
         """Asked at every turn of the control loop."""
         if isinstance(current_state, PreemptingState):
             self._going |= frozenset(current_state.preemption_info.preempted_node_ids)
+        elif isinstance(current_state, SchedulingState):
+            self._size = current_state.scaling_decision.num_workers
+        elif isinstance(current_state, ReschedulingState) and never_started(current_state.training_failed_error):
+            self._most = max(self.scaling_config.min_workers, self._size - 1)
+            self._most_until = time.monotonic() + self._patience
+            self._patience *= 2
 
     def _get_reserved_resources(self) -> Any:
         """As they are now: what Ray's coordinator answers by itself may be older than a node's death."""

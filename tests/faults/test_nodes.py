@@ -1,6 +1,8 @@
 """Nodes that die, are about to go, or come; printed: how long the run stood still."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_until
-from tests.faults.conftest import NUM_STEPS, Nodes, seconds_until_it_goes_on
-from tests.ray.runs import LiveRun, Run, assert_same, kill, pids, start
+from tests.faults.conftest import NUM_STEPS, POLICY, Nodes, seconds_until_it_goes_on
+from tests.ray.runs import LiveRun, Run, assert_same, kill, pids, start, train, write_config
 from tests.ray.test_invariants import assert_lines_close
 
 pytestmark = pytest.mark.ray
@@ -141,6 +143,24 @@ def test_a_second_ctrl_c_does_not_wait(config: Path, undisturbed: Run, nodes: No
     said = run.finish(130, seconds=60)
     assert "caldpo: stopping now" in said
     assert run.newest_checkpoint() == 0
+
+
+def test_what_a_checkpoint_costs(world: Path, nodes: Nodes, tmp_path: Path) -> None:
+    """Of 17 million parameters, in the time of training."""
+    nodes.have(2)
+    model = Path(shutil.copytree(world / "model", tmp_path / "model"))
+    shape = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64}
+    (model / "config.json").write_text(json.dumps(json.loads((model / "config.json").read_text()) | shape))
+    section = {"num_cpus_per_worker": 1, "label_selector": POLICY, "batch_size": 64, "epochs": 3, "save_every": 5}
+    run = train(write_config(tmp_path, world, model={"name_or_path": str(model)}, train=section), "large")
+    size = sum(weight.size for weight in run.weights().values())
+    after = [line for line in run.lines() if line["step"] > 1 and line["step"] % 5 == 1]  # a checkpoint
+    stall = sum(line["wait/checkpoint_seconds"] for line in after) / len(after)
+    step = sum(line["wall_seconds"] for line in run.lines()) / len(run.lines())
+    share = stall / (50 * step + stall)
+    print(f"\na checkpoint of {size / 1e6:.1f} M parameters stops training for {stall:.2f} s,", end=" ")
+    print(f"{share:.1%} of 50 steps of {step:.2f} s (asked for: 3 %)", flush=True)
 
 
 def test_the_head_is_lost(config: Path, undisturbed: Run, nodes: Nodes, slow: Path) -> None:

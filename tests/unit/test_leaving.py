@@ -6,8 +6,15 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-from ray.train import ScalingConfig
-from ray.train.v2._internal.execution.controller.state import PreemptingState, RunningState
+from ray.train import ControllerError, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    ReschedulingState,
+    RunningState,
+    SchedulingState,
+)
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from caldpo_ray.interrupts import interrupts_answered, own_signals_kept
@@ -66,6 +73,17 @@ def test_how_many_workers_there_is_room_for() -> None:
     assert policy._count_possible_workers(reserved) == 3, "a node that is about to go has room for none"
 
 
+def test_a_size_that_was_not_placed_is_not_tried_again_at_once() -> None:
+    policy, reserved = elastic(4, []), {"a": {"CPU": 4.0}}
+    scheduling = SchedulingState(ResizeDecision(num_workers=4, resources_per_worker={"CPU": 0.1}))
+    policy.after_controller_state_update(RunningState(), scheduling)
+    late = ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(4)))
+    policy.after_controller_state_update(scheduling, late)
+    assert policy._count_possible_workers(reserved) == 3
+    policy._most_until = 0.0  # some minutes later
+    assert policy._count_possible_workers(reserved) == 4
+
+
 def test_workers_are_asked_to_leave_a_node_once() -> None:
     asked: list[str] = []
     watch = AheadOfPreemption(asked.append)
@@ -77,8 +95,6 @@ def test_workers_are_asked_to_leave_a_node_once() -> None:
 
 
 def test_too_few_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-
     policy = elastic(0, [], placement_seconds=0.0)
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", dict)
