@@ -14,13 +14,9 @@ DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SI
 @contextmanager
 def interrupts_answered() -> Iterator[None]:
     """They say at once that they were heard: until workers have saved and stopped, seconds may pass."""
-    heard = 0
 
     def answer(number: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        heard += 1
-        text = b"stopping; a training saves a checkpoint first (once more: at once)" if heard == 1 else b"stopping now"
-        os.write(2, b"\ncaldpo: %s ...\n" % text)  # not `print`, which may be what was interrupted
+        os.write(2, b"\ncaldpo: stopping ...\n")  # not `print`, which may be what was interrupted
         raise KeyboardInterrupt
 
     taken = [number for number, default in DEFAULTS.items() if signal.getsignal(number) is default]

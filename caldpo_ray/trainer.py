@@ -33,6 +33,7 @@ from caldpo_ray.allocator import keep_freed_memory
 from caldpo_ray.config import TrainSection
 from caldpo_ray.imports import large_imports
 from caldpo_ray.leaving import ask_to_end, ask_to_move
+from caldpo_ray.progress import say
 from caldpo_ray.regroup import AheadOfPreemption, Elastic, Restarts, RunController
 
 # The rows come from the feed. The cleaner of placement groups finds "the" cluster by itself and, with two on one host, removes
@@ -94,6 +95,9 @@ class PolicyTrainer(DataParallelTrainer):
                 result = ray.get(running)
             except KeyboardInterrupt:  # Ray's own handler would end this process with code 0
                 if not asked and ask_to_end(self._feed):
+                    say(
+                        "a checkpoint is saved first, after the step that is running; stop once more not to wait for it"
+                    )
                     asked = True
                     continue
                 with suppress(RayError):

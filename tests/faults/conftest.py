@@ -1,6 +1,8 @@
 """A cluster of several nodes on this machine, which go and come; and the run that nothing disturbed."""
 
+import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -45,11 +47,10 @@ class Nodes:
 
         return sum(node["Alive"] for node in ray.nodes())
 
-    def of_worker(self, number: int) -> Any:
-        """The node that a policy worker is on."""
-        workers = [actor for actor in live_actors() if "RayTrainWorker" in actor["ActorClassName"]]
-        node_id = workers[number]["Address"]["NodeID"]
-        return next(node for node in self._cluster.worker_nodes if node.node_id == node_id)
+    def of(self, class_name: str, number: int = 0) -> Any:
+        """The node that an actor of this class is on."""
+        found = [actor for actor in live_actors() if class_name in actor["ActorClassName"]]
+        return next(node for node in self.all() if node.node_id == found[number]["Address"]["NodeID"])
 
     def kill(self, node: Any) -> None:
         """As when its machine is gone: no process of it says goodbye."""
@@ -122,6 +123,17 @@ def undisturbed(config: Path, nodes: Nodes) -> Run:
     return train(config, "undisturbed")
 
 
+@pytest.fixture(scope="session")
+def large(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 17 million parameters for the tokens of the world."""
+    model = Path(shutil.copytree(world / "model", tmp_path_factory.mktemp("large") / "model"))
+    shape = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64}
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | shape))
+    return model
+
+
 @pytest.fixture
 def slow(folder: Path) -> Iterator[Path]:
     """Runs are slow until this file is removed."""
@@ -132,9 +144,9 @@ def slow(folder: Path) -> Iterator[Path]:
 
 
 def seconds_until_it_goes_on(run: Any, workers: list[int]) -> float:
-    """From now to the first step of a group of workers that has none of these processes."""
+    """From now to the first step of a group of other workers."""
     started = time.monotonic()
-    wait_until(lambda: (found := pids("RayTrainWorker")) and not set(found) & set(workers), "a new group of workers")
+    wait_until(lambda: set(pids("RayTrainWorker")) - set(workers), "a new group of workers")
     before = [line for line in run.lines() if line["split"] == "train"]
     wait_until(lambda: run.lines() and run.lines()[-1] not in before, "the first step of the new group")
     return time.monotonic() - started

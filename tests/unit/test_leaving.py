@@ -14,7 +14,7 @@ from ray.train.v2._internal.execution.controller.state import (
     RunningState,
     SchedulingState,
 )
-from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from caldpo_ray.interrupts import interrupts_answered, own_signals_kept
@@ -49,18 +49,18 @@ def test_only_the_group_that_was_asked_moves_and_all_end() -> None:
 
 
 def test_sigterm_is_ctrl_c_also_after_ray_took_it() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with interrupts_answered():
         with own_signals_kept():
             signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's handler"))
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
 
 
-def elastic(room: int, asked: list[str], **options: float) -> Elastic:
+def elastic(room: int, asked: list[str]) -> Elastic:
     scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 0.1})
-    return Elastic(scaling, lambda but: room - len(but), asked.append, **{"placement_seconds": 60.0, **options})
+    return Elastic(scaling, lambda but: room - len(but), asked.append, placement_seconds=60.0)
 
 
 def test_how_many_workers_there_is_room_for() -> None:
@@ -95,10 +95,11 @@ def test_workers_are_asked_to_leave_a_node_once() -> None:
 
 
 def test_too_few_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = elastic(0, [], placement_seconds=0.0)
+    policy = elastic(0, [])
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", dict)
-    policy.make_decision_for_non_running_worker_group()
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    policy._placement_seconds = -1.0
     with pytest.raises(WorkerGroupStartupTimeoutError, match="1 workers"):
         policy.make_decision_for_non_running_worker_group()
 
@@ -110,5 +111,5 @@ def test_a_larger_group_begins_where_the_smaller_one_saved(monkeypatch: pytest.M
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": {"CPU": 4.0}})
     now = SimpleNamespace(start_time=float("-inf"), num_workers=1)
     decision = policy.make_decision_for_running_worker_group(now, None)
-    assert type(decision).__name__ == "NoopDecision", "Ray Train would end the workers at once"
+    assert isinstance(decision, NoopDecision), "Ray Train would end the workers at once"
     assert asked == ["the run goes on with 2 workers"]
