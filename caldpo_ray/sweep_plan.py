@@ -86,7 +86,8 @@ def make_plan(config: Config, home: SweepDir) -> Plan:
         )
     if config.train.fewest_workers < config.train.most_workers:
         raise InputError(
-            f"train.num_workers = {config.train.num_workers}: trials of a sweep have a fixed number of workers"
+            f"train.num_workers = [{config.train.fewest_workers}, {config.train.most_workers}]: trials of a sweep have a fixed"
+            " number of workers"
         )
     plan = Plan(config, {each.label: each for each in found}, _points(config, found), seeds(config))
     require_equal_budgets([(each, len(plan.points[each.label])) for each in found])

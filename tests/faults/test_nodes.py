@@ -1,4 +1,4 @@
-"""Nodes that die, are about to go, or come; printed: how long the run stood still."""
+"""Ctrl-C, and nodes that die, are about to go, or come. Printed: how long the run stood still."""
 
 import json
 import os
@@ -31,6 +31,36 @@ def assert_each_step_once(run: Run) -> None:
 def places(run: Run, role: str) -> list[dict[str, Any]]:
     found = json.loads((run.path / "manifest.json").read_text())["places"]
     return [place for place in found if place["role"] == role]
+
+
+def test_ctrl_c_in_a_terminal(config: Path, slow: Path) -> None:
+    """Every process of the terminal's group gets the signal, those of the run's own cluster too, and a checkpoint is saved."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "caldpo_ray", "train", str(config), "run.name=terminal", *ON_ONE_NODE]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    run = LiveRun(config.parent / "runs" / "terminal", process)
+    run.wait_for_step(3)
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    said = run.finish(130, seconds=60)
+    print(f"\nCtrl-C: {time.monotonic() - started:.1f} s to the end, with a checkpoint", flush=True)
+    assert "a checkpoint is saved first" in said and "Traceback" not in said
+    assert run.newest_checkpoint() == run.lines()[-1]["step"] >= 3
+
+
+def test_a_second_ctrl_c_does_not_wait(config: Path, nodes: Nodes, slow: Path) -> None:
+    nodes.have(2)
+    run = start(config, "interrupted")
+    run.wait_for_step(2)
+    os.kill(pids("RayTrainWorker")[1], signal.SIGSTOP)  # nothing can be saved now
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.stdout is not None
+    assert any("a checkpoint is saved first" in line for line in run.process.stdout)
+    run.process.send_signal(signal.SIGINT)
+    run.finish(130, seconds=60)
+    assert run.newest_checkpoint() == 0
 
 
 def test_dead_processes_and_dead_nodes(config: Path, undisturbed: Run, nodes: Nodes, slow: Path) -> None:
@@ -124,36 +154,6 @@ def test_a_dead_reference_actor_stops_nobody(config: Path, large: Path, nodes: N
     assert_each_step_once(run)
     waited = max(line["wait/reference_seconds"] for line in run.lines())
     print(f"\na dead reference actor, and its node: the policy waited at most {waited:.1f} s for a step", flush=True)
-
-
-def test_ctrl_c_in_a_terminal(config: Path, slow: Path) -> None:
-    """Every process of the terminal's group gets the signal, those of the run's own cluster too, and a checkpoint is saved."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "caldpo_ray", "train", str(config), "run.name=terminal", *ON_ONE_NODE]
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    run = LiveRun(config.parent / "runs" / "terminal", process)
-    run.wait_for_step(3)
-    started = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    said = run.finish(130, seconds=60)
-    print(f"\nCtrl-C: {time.monotonic() - started:.1f} s to the end, with a checkpoint", flush=True)
-    assert "a checkpoint is saved first" in said and "Traceback" not in said
-    assert run.newest_checkpoint() == run.lines()[-1]["step"] >= 3
-
-
-def test_a_second_ctrl_c_does_not_wait(config: Path, undisturbed: Run, nodes: Nodes, slow: Path) -> None:
-    nodes.have(2)
-    run = start(config, "interrupted")
-    run.wait_for_step(2)
-    os.kill(pids("RayTrainWorker")[1], signal.SIGSTOP)  # nothing can be saved now
-    run.process.send_signal(signal.SIGINT)
-    assert run.process.stdout is not None
-    assert any("a checkpoint is saved first" in line for line in run.process.stdout)
-    run.process.send_signal(signal.SIGINT)
-    run.finish(130, seconds=60)
-    assert run.newest_checkpoint() == 0
 
 
 def test_what_a_checkpoint_costs(world: Path, large: Path, nodes: Nodes, tmp_path: Path) -> None:
