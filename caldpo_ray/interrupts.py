@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # Whoever changed one of them, as a shell does that has its background jobs ignore Ctrl-C, means it.
-DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+DEFAULTS: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def interrupts_answered() -> Iterator[None]:
 @contextmanager
 def own_signals_kept() -> Iterator[None]:
     """Ray takes SIGTERM for itself when it starts, to exit with code 15; who had it before gets it back."""
-    before = signal.getsignal(signal.SIGTERM)
+    before: Any = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:

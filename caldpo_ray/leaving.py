@@ -56,7 +56,8 @@ class Listener:
         if self._wanted is None:
             return None
         done, _ = ray.wait([self._wanted], timeout=0)
-        return ray.get(done[0]) if done else None
+        leave: Leave | None = ray.get(done[0]) if done else None
+        return leave
 
 
 def ask_to_end(feed: Any) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,22 @@ def test_a_second_ctrl_c_does_not_wait(config: Path, nodes: Nodes, slow: Path) -
     nodes.have(2)
     run = start(config, "interrupted")
     run.wait_for_step(2)
-    os.kill(pids("RayTrainWorker")[1], signal.SIGSTOP)  # nothing can be saved now
+    worker = pids("RayTrainWorker")[1]
+    os.kill(worker, signal.SIGSTOP)  # nothing can be saved now
     run.process.send_signal(signal.SIGINT)
     assert run.process.stdout is not None
     assert any("a checkpoint is saved first" in line for line in run.process.stdout)
     run.process.send_signal(signal.SIGINT)
     run.finish(130, seconds=60)
+    with suppress(ProcessLookupError):
+        kill(worker)
     assert run.newest_checkpoint() == 0
 
 
 def test_dead_processes_and_dead_nodes(config: Path, undisturbed: Run, nodes: Nodes, slow: Path) -> None:
     """A worker, a node where there is another one, and a node whose place must come first."""
     nodes.have(3)
-    run = start(config, "killed", "train.save_every=2")
+    run = start(config, "killed", "train.save_every=2", "train.max_failures=10")
     run.wait_for_checkpoint(2)
     workers = pids("RayTrainWorker")
     kill(workers[1])
