@@ -40,7 +40,6 @@ from caldpo_ray.user_code import require_objective
 SAMPLE_ROWS = 256
 COUNTED_BYTES = 2**25  # of files whose rows are counted: a second's work
 ENTRY_BYTES = 24  # of the reference store: digest, log-prob, tokens; digests do not compress
-LEAST_REACHABLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -276,10 +275,10 @@ def _reachable_lines(config: Config, chosen_logps: Floats) -> Iterator[str]:
     """A log-ratio is at most minus the reference's log-prob, and a target above that is out of reach."""
     target = config.objective.calibration_target
     if target is not None:
-        share = float((target <= -chosen_logps).mean())
+        share, median = float((target <= -chosen_logps).mean()), float(np.median(-chosen_logps))
         yield (
             f"target     log-ratio of chosen responses {target:g} nats (1/(2 beta)): reachable in {share:.0%} of"
-            f" {len(chosen_logps)} rows" + ("; raise objective.beta" if share < LEAST_REACHABLE else "")
+            f" {len(chosen_logps)} rows; half of them can reach {median:.3g} nats (objective.beta {0.5 / median:.2g})"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from caldpo_ray.sweep_plan import Plan
 from caldpo_ray.sweep_trial import trial_config
 from caldpo_ray.yaml_text import write_yaml
 
-WIDTH = 110
+WIDTH = 110  # characters
 
 
 def conclude(plan: Plan, home: SweepDir, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -125,25 +126,21 @@ def _ready(config: Config, of_sweep: Config) -> dict[str, Any]:
 
 
 def _show(plan: Plan, home: SweepDir, result: dict[str, Any]) -> None:
-    table = Table(
-        title=f"{plan.metric} on the rows kept for the report ({result['mode']} is better)", title_justify="left"
-    )
-    for name in ("objective", "point", "mean", "s.e.", "95 % over seeds", "seeds", "trials", "rows"):
-        table.add_column(name, justify="left" if name in ("objective", "point") else "right")
+    title = f"{plan.metric} on the rows kept for the report ({result['mode']} is better), in the order of the rows that choose"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("objective", "point", "mean ± s.e.", "95 % over seeds", "seeds", "rows"):
+        table.add_column(name, justify="left" if name in ("objective", "point") else "right", overflow="fold")
     for entry in result["leader_board"]:
         spent, error, interval = result["objectives"][entry["objective"]], entry["standard_error"], entry["interval"]
         table.add_row(
             entry["objective"],
             describe_point(entry["parameters"]),
-            f"{entry['mean']:.4f}",
-            "-" if error is None else f"{error:.4f}",
+            f"{entry['mean']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
             "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
             str(entry["seeds"]),
-            f"{spent['trials']}",
-            f"{spent['rows']}",
+            str(spent["rows"]),
         )
-    console = Console()
-    console.print(table, width=max(console.width, WIDTH))  # in a log file, too, a row is a line
+    Console(width=max(Console().width, WIDTH)).print(table)  # in a log file, too, a row is a line
     for each in result["differences_to_dpo"]:
         say(each["text"])
     say(result["verdict"])

@@ -36,11 +36,11 @@ def test_betas_follow_the_rule(tmp_path: Path) -> None:
     typical = -np.median([reading.log_prob for reading in readings if reading])
     plan = make_plan(load_config(EXAMPLE / "compare.yaml"), SweepDir(tmp_path))
     betas = {label: [point["objective.beta"] for point in points] for label, points in plan.points.items()}
-    decade = np.array([1, np.sqrt(10), 10])
+    around = np.sqrt(10) ** np.array([-1, 0, 1])
     for label in CALIBRATED:
-        np.testing.assert_allclose(betas[label], decade / (2 * typical), rtol=0.05)
+        np.testing.assert_allclose(betas[label], around / (2 * typical), rtol=0.05)
     for label, top in BASES.items():
-        np.testing.assert_allclose(betas[label], top * decade / 10, rtol=0.05)
+        np.testing.assert_allclose(betas[label], top * around / np.sqrt(10), rtol=0.05)
 
 
 def trial(
