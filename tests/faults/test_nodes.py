@@ -156,7 +156,7 @@ def test_a_dead_reference_actor_stops_nobody(config: Path, large: Path, nodes: N
     run.finish()
     assert {place["pid"] for place in places(run, "policy worker")} == set(workers), "the policy was not started again"
     assert_each_step_once(run)
-    waited = max(line["wait/reference_seconds"] for line in run.lines())
+    waited = max(line["wait/reference_seconds"] for line in run.lines()[1:])  # the first step waits for the first actor
     print(f"\na dead reference actor, and its node: the policy waited at most {waited:.1f} s for a step", flush=True)
 
 
