@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ANSWER_SECONDS = 10.0
+WORD = "leave"
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,27 @@ class Requests:
 
 
 class Listener:
-    """In rank 0 of a group; deaf in the others."""
+    """In each worker of a group: rank 0 hears what was asked, and all agree on it when they sum the metrics of a step."""
 
     def __init__(self, feed: Any, attempt: int, rank: int) -> None:
         self._wanted = feed.leave_wanted.remote(attempt) if rank == 0 else None
+        self._heard: Leave | None = None
 
-    def heard(self) -> Leave | None:
-        """What was asked of this group, if anything was; without waiting."""
+    def word(self) -> dict[str, Any]:
+        """To be summed over the ranks, as (sum, count); without waiting."""
         import ray
+        import torch
 
-        if self._wanted is None:
-            return None
-        done, _ = ray.wait([self._wanted], timeout=0)
-        leave: Leave | None = ray.get(done[0]) if done else None
-        return leave
+        if self._wanted is not None and self._heard is None:
+            done, _ = ray.wait([self._wanted], timeout=0)
+            self._heard = ray.get(done[0]) if done else None
+        said = 0 if self._heard is None else 1 + self._heard.for_good
+        return {WORD: (torch.tensor([said]), torch.tensor([0]))}
+
+    def agreed(self, totals: dict[str, Any]) -> Leave | None:
+        """What all ranks do now; taken out of the sums."""
+        said = int(totals.pop(WORD)[0].item())
+        return self._heard or (Leave("", for_good=said == 2) if said else None)
 
 
 def ask_to_end(feed: Any) -> bool:

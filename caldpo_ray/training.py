@@ -186,7 +186,8 @@ class PolicyWorker:
                 # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
                 self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
             parts.append(part)
-        totals = self._reduce_and_listen(metrics.merge(parts))
+        totals = self.reduce(metrics.merge(parts) | self.listener.word())
+        self.leave = self.listener.agreed(totals)
         if step == 0 and self.settings["num_eval"]:
             self._require_best_metric(totals)
         norm = take_step(self.engine)
@@ -322,15 +323,6 @@ class PolicyWorker:
             name: (next(pieces).reshape(totals[name][0].shape), next(pieces).reshape(totals[name][1].shape))
             for name in names
         }
-
-    def _reduce_and_listen(self, totals: metrics.Metrics) -> metrics.Metrics:
-        """`reduce`, by which all ranks learn what rank 0 was told."""
-        heard = self.listener.heard()
-        word = 0 if heard is None else 1 + heard.for_good
-        totals = self.reduce(totals | {"leave": (torch.tensor([word]), torch.tensor([0]))})
-        said = int(totals.pop("leave")[0].item())
-        self.leave = heard or (Leave("", for_good=said == 2) if said else None)
-        return totals
 
     def _line(self, step: int, split: SplitName, totals: metrics.Metrics, started: float) -> dict[str, Any]:
         schedule = self.schedules["train"]

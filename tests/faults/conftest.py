@@ -128,7 +128,7 @@ def large(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 17 million parameters for the tokens of the world."""
     model = Path(shutil.copytree(world / "model", tmp_path_factory.mktemp("large") / "model"))
     shape = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8}
-    shape |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 64, "tie_word_embeddings": True}
     config = model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | shape))
     return model
