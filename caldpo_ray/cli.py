@@ -17,8 +17,10 @@ INTERRUPTED = 130
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 reference_app = typer.Typer(no_args_is_help=True, help="Fill or tend the reference store.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Look at a Ray cluster before a job is sent there.")
 world_app = typer.Typer(no_args_is_help=True, help="The embedded task whose true reward is known.")
 app.add_typer(reference_app, name="reference")
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(world_app, name="world")
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file")]
@@ -81,13 +83,19 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Try a few rows on the cluster: speeds and costs.")
     ] = False,
+    on_paper: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPU", help="Ask no cluster; the arithmetic of a run on this GPU, e.g. 'NVIDIA H100 80GB'."
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Check config, a sample of the data, memory, resources and labels; start nothing."""
     from caldpo_ray.config import load_config
     from caldpo_ray.plan import plan as look
 
-    for line in look(load_config(config, overrides or []), verbose, measure):
+    for line in look(load_config(config, overrides or []), verbose, measure, on_paper):
         typer.echo(line)
 
 
@@ -204,6 +212,19 @@ def reference_remove(key: Annotated[str, typer.Argument(metavar="KEY")], store: 
 
     remove_reference(store, key)
     typer.echo(f"removed {key} from {store}")
+
+
+@cluster_app.command("check")
+def cluster_check(
+    address: Annotated[
+        str | None, typer.Option(help="Of the dashboard; default: RAY_API_SERVER_ADDRESS, as for `ray job submit`.")
+    ] = None,
+) -> None:
+    """Would `ray job submit` get through? Tells the cluster's nodes and labels, or what stands in the way."""
+    from caldpo_ray.access import DEFAULT_ADDRESS, look
+
+    for line in look(address or os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)):
+        typer.echo(line)
 
 
 @world_app.command("create")

@@ -11,6 +11,7 @@ from torch import Tensor
 from caldpo_ray.config import TrainSection
 from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line
 from caldpo_ray.run_dir import RunDir
+from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.schema import Row
 from caldpo_ray.waiting import FEED_SECONDS, wait_for
 
@@ -75,6 +76,7 @@ def within_memory(rows: Sequence[Row], run: RunDir, asked: int, tokens: int) -> 
 def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
     """Tell the feed why this rank stops; whether starting the group again may cure it."""
     feed = settings["feed"]
+    log_of_rank(settings)("stopped", None, {"reason": f"{type(error).__name__}: {last_line(error)}"})
     if isinstance(error, (InputError, RunError)):
         ours = find_error(error) or error  # without Ray's account of where it came from
         wait_for(feed.fail.remote(type(ours).__name__, str(ours)), "the feed", FEED_SECONDS)

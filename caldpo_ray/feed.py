@@ -112,6 +112,8 @@ class Progress:
     """What the driver shows beside the metrics: whether workers came, why they stopped, and the state of the reference."""
 
     started: bool = False
+    num_starts: int = 0
+    """Of the group of policy workers, in this attempt of the driver."""
     places: dict[tuple[str, int], Place] = field(default_factory=dict)
     failure: tuple[str, str] | None = None
     notes: list[str] = field(default_factory=list)
@@ -319,6 +321,7 @@ class Feed:
     def _admit(self, attempt: int) -> None:
         if attempt < self._attempt:
             raise StaleAttempt(f"attempt {attempt} was replaced by attempt {self._attempt}")
+        self._progress.num_starts += attempt > self._attempt
         self._attempt = attempt
         self._progress.started = True
 

@@ -75,14 +75,18 @@ class ForwardCost:
 
     def executed(self, batch: TokenBatch, num_head_chunks: int, backward: bool) -> float:
         """FLOPs of a micro-batch, forward alone or with backward."""
-        layers = self.per_token * batch.num_tokens
-        attention = self.per_token_pair * batch.num_token_pairs
-        head = self.per_scored_token * len(batch.target)
+        return self.of(batch.num_tokens, batch.num_token_pairs, len(batch.target), num_head_chunks, backward)
+
+    def of(self, num_tokens: float, num_pairs: float, num_scored: float, num_head_chunks: int, backward: bool) -> float:
+        """The same for so many tokens, pairs of tokens that attention multiplies, and tokens that the head scores."""
+        layers = self.per_token * num_tokens
+        attention = self.per_token_pair * num_pairs
+        head = self.per_scored_token * num_scored
         if not backward:
             return layers + attention + head
         forward = (layers + attention) * (2 if self.recomputes_layers else 1) + head * (2 if num_head_chunks > 1 else 1)
         of_inputs = layers + 2 * attention + head
-        of_weights = self.per_token_trained * batch.num_tokens + head * self.head_trained
+        of_weights = self.per_token_trained * num_tokens + head * self.head_trained
         return forward + of_inputs + of_weights
 
 

@@ -72,8 +72,15 @@ def _wandb(run_dir: Path, config: dict[str, Any], identity: str, sweep: str | No
 
     # The identity as id: a resumed run goes on in the same place.
     folder = tempfile.mkdtemp(prefix="caldpo-wandb-") if is_remote(run_dir) else str(run_dir)
-    same = {"id": identity if sweep is None else _digest(sweep, identity), "resume": "allow"}
-    run = wandb.init(project="caldpo_ray", group=sweep, name=run_dir.name, dir=folder, config=config, **same)
+    run = wandb.init(
+        project="caldpo_ray",
+        group=sweep,
+        name=run_dir.name,
+        dir=folder,
+        config=config,
+        id=identity if sweep is None else _digest(sweep, identity),
+        resume="allow",
+    )
     return lambda step, values: run.log(values, step=step)
 
 

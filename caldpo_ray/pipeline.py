@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from caldpo_ray.access import refusal
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
@@ -24,6 +25,7 @@ from caldpo_ray.interrupts import own_signals_kept
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
+from caldpo_ray.node_check import require_alike
 from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, room_for_workers, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
@@ -157,6 +159,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     deepspeed_config(config, config.train.most_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
+    require_alike(config)
     if config.model.trust_remote_code:
         say(
             "model.trust_remote_code is on: Python code that comes with the model runs on every node, with your permissions"
@@ -213,10 +216,7 @@ def connect(verbose: bool) -> None:
             with own_signals_kept():
                 _join_or_start(start)
         except Exception as error:  # a node that is slow to start raises a plain Exception
-            where = os.environ.get("RAY_ADDRESS", "a local cluster")
-            raise NotReady(
-                f"Ray: {where} cannot be used ({last_line(error)}); check RAY_ADDRESS, or unset it"
-            ) from None
+            raise NotReady(refusal(error, os.environ.get("RAY_ADDRESS", "a local cluster"))) from None
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)

@@ -34,6 +34,14 @@ class Node:
     name: str
     resources: Resources
     labels: dict[str, str]
+    node_id: str = ""
+
+    @property
+    def own_labels(self) -> dict[str, str]:
+        """Without those that Ray gives every node, and ours."""
+        return {
+            key: value for key, value in self.labels.items() if not key.startswith("ray.io/") and key not in OWN_CLUSTER
+        }
 
 
 def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[Bundle]]:
@@ -81,7 +89,7 @@ def assign(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle
     for bundle in sorted(wanted, key=lambda b: (-b.resources["GPU"], -len(b.labels), -b.resources["CPU"])):
         place = None
         for node, left in zip(nodes, free, strict=True):
-            if _matches(bundle.labels, node.labels) and all(
+            if admits(bundle.labels, node.labels) and all(
                 left.get(k, 0.0) >= v - 1e-9 for k, v in bundle.resources.items()
             ):
                 for key, amount in bundle.resources.items():
@@ -97,7 +105,7 @@ def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
     return next((bundle for bundle, node in assign(wanted, nodes) if node is None), None)
 
 
-def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+def admits(selector: dict[str, str], labels: dict[str, str]) -> bool:
     """Ray's label selectors: a value, !value, in(a,b), !in(a,b)."""
     return all(_admits(rule, labels.get(key)) for key, rule in selector.items())
 
@@ -114,8 +122,11 @@ def live_nodes(but: frozenset[str] = frozenset()) -> list[Node]:
     """All nodes but those with these ids."""
     import ray
 
-    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in but]
-    return [Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels", {})) for node in alive]
+    return [
+        Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels", {}), node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in but
+    ]
 
 
 def may_grow(nodes: Sequence[Node]) -> bool:
@@ -135,25 +146,39 @@ def require_placeable(
     tasks = [data_task(config)] if needs_data else []
     workers, actors = bundles(config, needs_reference)
     workers = workers if needs_workers else []
-    deadline = time.monotonic() + config.train.placement_timeout_seconds
-    announced = False
-    while True:
-        nodes = live_nodes()
-        in_turn = unplaced(tasks, nodes) or unplaced(workers, nodes) or unplaced(actors, nodes)
-        missing = in_turn or unplaced([*workers, *actors], nodes)
-        if missing is None:
-            return True
-        if in_turn is None and config.reference.store is not None:
-            return False
-        if time.monotonic() > deadline or not may_grow(nodes):
-            raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
-        if not announced:
-            print(
-                f"waiting up to {config.train.placement_timeout_seconds:.0f} s for the cluster to have room for a {missing.role}",
-                flush=True,
-            )
-            announced = True
-        time.sleep(POLL_SECONDS)
+    wait = config.train.placement_timeout_seconds
+    deadline, announced = time.monotonic() + wait, False
+    try:
+        while True:
+            nodes = live_nodes()
+            in_turn = unplaced(tasks, nodes) or unplaced(workers, nodes) or unplaced(actors, nodes)
+            missing = in_turn or unplaced([*workers, *actors], nodes)
+            if missing is None:
+                return True
+            if in_turn is None and config.reference.store is not None:
+                return False
+            if time.monotonic() > deadline or not may_grow(nodes):
+                raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
+            if not announced:
+                print(f"waiting up to {wait:.0f} s for the cluster to have room for a {missing.role}", flush=True)
+                announced = True
+            ask_autoscaler([*workers, *actors] or tasks)  # anew: another job of this cluster may have asked for less
+            time.sleep(POLL_SECONDS)
+    finally:
+        if announced:  # what runs keeps its nodes by itself, and the others may go
+            ask_autoscaler([])
+
+
+def ask_autoscaler(wanted: Sequence[Bundle]) -> None:
+    """Have an autoscaler, where there is one, make room for these at least; no longer, with none.
+
+    By itself it sees only what waits in Ray's queues, and nothing is put there before it fits.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    needed = [({kind: amount for kind, amount in each.resources.items() if amount}, each.labels) for each in wanted]
+    shapes = [(resources, labels) for resources, labels in needed if resources]
+    request_resources(bundles=[r for r, _ in shapes], bundle_label_selectors=[labels for _, labels in shapes])
 
 
 def not_placed(config: Config, started: bool) -> InputError | RunError:
@@ -186,7 +211,7 @@ def this_node() -> Any:
 def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> str:
     listed = "; ".join(
         f"{node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU,"
-        f" labels {_own_labels(node.labels)}"
+        f" labels {node.own_labels}"
         for node in nodes
     )
     beside = "" if alone else " beside the policy workers (reference.store=null needs both at once)"
@@ -206,7 +231,3 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
         f"resources: a {bundle.role}{wanted} needs {_needs(bundle)}{beside} and fits on no node ({listed}); change"
         f" {keys}{join}"
     )
-
-
-def _own_labels(labels: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in labels.items() if not key.startswith("ray.io/") and key not in OWN_CLUSTER}

@@ -133,11 +133,12 @@ def _records(source: str) -> Iterator[tuple[SourceFile, int, RawRecord | BadRow]
                 yield file, line, record
 
 
-def plan(config: Config, verbose: bool = False, measured: bool = False) -> Iterator[str]:
+def plan(config: Config, verbose: bool = False, measured: bool = False, device: str | None = None) -> Iterator[str]:
     """Lines about a run that would start: data, model, memory, placement. Raises InputError when it cannot work.
 
     The cluster is asked, or a local one started, for the last lines alone. `measured` tries a few rows on it, too, for speeds,
     costs, and the share of rows whose calibration target is reachable; the run itself is not started and nothing is written.
+    With `device`, a GPU by the name that nvidia-smi has for it, no cluster is asked: the last lines are arithmetic.
     """
     yield f"objective  {config.objective.name}: {config.objective.formula}"
     require_lasting_folders(config)
@@ -156,6 +157,11 @@ def plan(config: Config, verbose: bool = False, measured: bool = False) -> Itera
         yield f"sweep      {len(config.sweep.objectives)} objectives, {num_trials} trials of so many rows each"
     yield from _store_lines(config, sample, num_rows, num_held_out)
     yield from _memory_lines(config)
+    if device is not None:
+        from caldpo_ray.paper import paper_lines
+
+        yield from paper_lines(config, device, [row for row, _ in sample.rows], num_rows)
+        return
     connect(verbose)
     yield from _placement_lines(config)
     if measured:

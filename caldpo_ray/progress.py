@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from caldpo_ray.errors import last_line
+from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.redaction import without_secrets
 from caldpo_ray.run_dir import newest_metrics
 
@@ -85,6 +86,7 @@ class Watcher:
 
     def __init__(self, feed: Any, metrics: Path, num_steps: int) -> None:
         self._feed, self._metrics, self._num_steps = feed, metrics, num_steps
+        self._published = RunMetrics(metrics.parent.name)
         self._stop = threading.Event()
         self._started = time.monotonic()
         self._first: tuple[int, float] | None = None
@@ -140,6 +142,9 @@ class Watcher:
             self._news.append(describe_places(progress.places.values()))
             self._placed = True
         reference = progress.reference
+        self._published.show({"worker_group_starts": progress.num_starts})
+        if reference:
+            self._published.show({f"reference/{name}": value for name, value in vars(reference).items()})
         if (
             reference
             and reference.scored

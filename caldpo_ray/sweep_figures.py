@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import Normalize
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from caldpo_ray.comparison import bootstrap_interval
 from caldpo_ray.drawing import COLOURS, DASHES, GREY, MARKERS, Doubles, Picture, sheet
 from caldpo_ray.run_figures import draw_optimum
 
 BETA = "objective.beta"
+ROOT_TICKS = (0, 0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)  # nats
 LOG_AXIS_RATIO = 8.0  # a parameter that spans more than this is drawn on a logarithmic axis
 # What buys reward and what it costs, the best measure first: (metric, axis).
 GAINS = (
@@ -98,7 +99,8 @@ def _leader_board(facts: SweepFacts) -> Picture | None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         better = "right" if facts.mode == "max" else "left"
         reading = (
-            f"Best first; further {better} is better. Where intervals overlap, the seeds do not tell the two apart."
+            f"In the order of the rows that choose, drawn on the others; further {better} is better. Where intervals overlap,"
+            " the seeds do not tell the two apart."
         )
         return Picture("leader_board", title, reading, drawing.png(reading))
 
@@ -136,6 +138,9 @@ def _by_beta(facts: SweepFacts) -> Picture | None:
             axes.fill_between(betas, ends[:, 0], ends[:, 1], color=colour, alpha=0.15, linewidth=0)
             axes.plot(betas, means, color=colour, linestyle=dash, marker=marker, label=objective)
         axes.set(xscale="log", xlabel="β (1/nats), log axis", ylabel=f"{facts.metric} (report half)")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         drawing.legend()
         reading = (
             "Faint: single seeds; line and band: mean and 95 % interval over seeds. β has another scale in every loss: compare"
@@ -165,6 +170,7 @@ def _frontier(facts: SweepFacts) -> Picture | None:
     means: dict[str, list[tuple[float, float]]] = {}
     with sheet(title, panel_inches=3.6) as drawing:
         axes = drawing.panels[0]
+        axes.set_xlabel(drift[1])
         for point in facts.points():
             both = [
                 (trial.metrics[drift[0]], trial.metrics[gain[0]])
@@ -175,7 +181,10 @@ def _frontier(facts: SweepFacts) -> Picture | None:
                 colour, marker, _ = _style(facts, point[0].objective)
                 axes.plot(*zip(*both, strict=True), marker, color=colour, alpha=0.3, markersize=4)
                 means.setdefault(point[0].objective, []).append(tuple(np.mean(both, axis=0).tolist()))
-        widest = max(x for of_objective in means.values() for x, _ in of_objective)
+        if drift[1].startswith("KL"):
+            axes.set_xscale("function", functions=(_signed_root, _signed_square))
+            axes.set_xlabel(f"{drift[1]}, root axis")
+        widest, span = max(x for of_objective in means.values() for x, _ in of_objective), axes.get_ylim()
         for objective, of_objective in means.items():
             colour, marker, dash = _style(facts, objective)
             axes.plot(
@@ -184,10 +193,21 @@ def _frontier(facts: SweepFacts) -> Picture | None:
         reading = "Each larger mark is one hyper-parameter point, its seeds faint. Higher at the same place is better."
         if drift[0] == "world/kl" and gain[0] == "world/true_reward":
             draw_optimum(axes, widest)
+            axes.set_xticks([tick for tick in ROOT_TICKS if tick == 0 or 0.04 * widest <= tick <= 1.25 * widest])
+            axes.xaxis.set_major_formatter("{x:g}")
             reading += " Nothing can be above the dashed line, the exact optimum of the world."
-        axes.set(xlabel=drift[1], ylabel=gain[1])
+        axes.set(ylabel=gain[1], ylim=span)
         drawing.legend()
         return Picture("frontier", title, reading, drawing.png(reading))
+
+
+def _signed_root(drifts: Doubles) -> Doubles:
+    """Near the reference reward grows with the root of the KL; an estimate of the KL may lie a little below zero."""
+    return np.sign(drifts) * np.sqrt(np.abs(drifts))
+
+
+def _signed_square(roots: Doubles) -> Doubles:
+    return roots * np.abs(roots)
 
 
 def _parallel(facts: SweepFacts) -> Picture | None:

@@ -34,8 +34,10 @@ from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.optimizers import learning_rate
 from caldpo_ray.progress import this_place
+from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
+from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.storage import make_folder, open_path, write_atomically
 from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
@@ -83,6 +85,8 @@ class PolicyWorker:
         self.uploads = Uploads(self.run, self.rank, self.wait_seconds, partial(tell_failure, settings))
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
+        self.published = RunMetrics(self.run.path.name)
+        self.log = log_of_rank(settings)
         if self.rank == 0:
             self.loggers = open_loggers(
                 self.config.loggers, self.run.path, settings["config"], settings["identity"], settings["sweep"]
@@ -112,6 +116,7 @@ class PolicyWorker:
         """
         num_steps = self.schedules["train"].num_steps
         step, best = self.resume()
+        self.log("training", step, {"num_steps": num_steps, "world_size": self.world_size})
         while step < num_steps:
             evaluates, saves = self.due(step + 1)
             if evaluates:
@@ -271,6 +276,7 @@ class PolicyWorker:
         evaluated = self.evaluated if self.evaluated.get("step") == step else {}  # not where workers leave in between
         scores = {name: value for name, value in evaluated.items() if isinstance(value, float)}
         self.uploads.checkpoint(self.engine, state, scores)
+        self.log("checkpoint", step)
         self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
 
     def export(self, target: Path) -> None:
@@ -348,6 +354,8 @@ class PolicyWorker:
         if self.rank == 0:
             self.run.require_held()
             append_metrics(self.run.metrics, line)
+            self.published.show_line(line)
+            self.log(line["split"], line["step"], {"loss": line["loss"]})
             for log in self.loggers:
                 log(line["step"], scalars(line))
             for warning in self.alarms.heard(line) if line["split"] == "train" else []:
@@ -383,13 +391,9 @@ class PolicyWorker:
         reason = f"step {step + 1}: {what}"
         told = leave_out(self.config.train, self.skipped_steps, reason, row_ids)
         if self.rank == 0:
-            rows = self.schedules["train"].rows_consumed(step + 1)
-            place = {
-                "step": step + 1,
-                "epoch": rows / self.schedules["train"].num_rows,
-                "rows": rows,
-                "split": "skipped",
-            }
+            schedule = self.schedules["train"]
+            rows = schedule.rows_consumed(step + 1)
+            place = {"step": step + 1, "epoch": rows / schedule.num_rows, "rows": rows, "split": "skipped"}
             self.run.require_held()
             append_metrics(self.run.metrics, place | {"reason": reason, "row_ids": row_ids})
             self.feed.note.remote(f"warning: {told}")

@@ -127,7 +127,6 @@ OPTIONS = {
         "needs 0.5 CPU, 1 GPU",
     ),
     "unknown label": (["train.label_selector={zone: x}", SHORT], "labelled {'zone': 'x'}"),
-    "missing logger": (["loggers=[mlflow]"], "mlflow"),
     "unknown metric": (["train.best_metric=nonsense", "data.eval=0.2"], "nonsense"),
 }
 

@@ -22,6 +22,14 @@ CPU_NODE = Node("a", {"CPU": 2.0}, {})
 GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
 
 
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Bundle]]:
+    """What an autoscaler is asked for, which needs a cluster to be asked."""
+    calls: list[list[Bundle]] = []
+    monkeypatch.setattr("caldpo_ray.placement.ask_autoscaler", lambda wanted: calls.append(list(wanted)))
+    return calls
+
+
 def bundle(cpu: float, gpu: float = 0.0, **labels: str) -> Bundle:
     return Bundle("policy worker", {"CPU": cpu, "GPU": gpu}, labels)
 
@@ -71,6 +79,24 @@ def test_a_cluster_that_is_too_small_is_described(tmp_path: Path, monkeypatch: p
     assert require_placeable(load_config(path, crowded), True) is False
     with pytest.raises(InputError, match=r"reference\.store=null needs both at once"):
         require_placeable(load_config(path, [*crowded, "reference.store=null"]), True)
+
+
+def test_who_waits_for_nodes_asks_for_them_and_then_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[list[Bundle]]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\nreference: {label_selector: {zone: x}}"
+    )
+    found = iter([[CPU_NODE], [CPU_NODE], [CPU_NODE, Node("c", {"CPU": 1.0}, {"zone": "x"})]])
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.placement.POLL_SECONDS", 0.001)
+    assert require_placeable(load_config(path), True)
+    *waiting, nothing = asked
+    assert len(waiting) == 2 and nothing == []
+    for wanted in waiting:
+        told = [(each.role, each.labels) for each in wanted]
+        assert told == [("policy worker", {}), ("reference actor", {"zone": "x"})]
 
 
 def test_the_gpus_of_an_actor_are_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from caldpo_ray.errors import InputError
 from caldpo_ray.report import report
 from caldpo_ray.report_page import Interval, show
 from caldpo_ray.storage import open_path
-from caldpo_ray.sweep_figures import bootstrap_interval
+from caldpo_ray.sweep_figures import BETA, SweepFacts, Trial, bootstrap_interval, draw_sweep
 from tests.unit.report_folders import full_evaluation, write_run, write_sweep
 
 VOID = {"meta", "link", "img", "wbr", "br"}
@@ -250,6 +251,32 @@ def test_the_frontier_takes_the_best_measures_there_are(tmp_path: Path, drawn: d
     axes = drawn["Accuracy bought for drift"].axes[0]
     assert axes.get_ylabel() == "held-out accuracy" and "$h_w$" in axes.get_xlabel()
     assert "exact optimum" not in {line.get_label() for line in axes.lines}
+
+
+def test_ticks_do_not_overlap_and_one_far_policy_does_not_hide_the_others(drawn: dict[str, Figure]) -> None:
+    lines = [(0.014, 3.5, 0.67), (0.043, 1.6, 0.69), (0.14, 0.5, 0.68), (0.3, 49.0, 0.62)]
+    trials = [
+        Trial(
+            f"dpo-{beta}", "dpo", f"beta-{beta}", 42, {BETA: beta}, "completed",
+            {"rewards/accuracies": accuracy, "world/kl": kl, "world/true_reward": 1.0},
+        )
+        for beta, kl, accuracy in lines
+    ]  # fmt: skip
+    draw_sweep(SweepFacts("rewards/accuracies", "max", trials, []))
+    for title in ("Metric against beta", "True reward bought for drift"):
+        axes = drawn[title].axes[0]
+        labels = [*axes.get_xticklabels(), *axes.get_xticklabels(minor=True)]
+        boxes = sorted((box.x0, box.x1) for each in labels if each.get_text() for box in [each.get_window_extent()])
+        assert len(boxes) > 2 and all(one[1] < two[0] for one, two in pairwise(boxes)), title
+    right, top = (
+        drawn["True reward bought for drift"]
+        .axes[0]
+        .transAxes.inverted()
+        .transform(drawn["True reward bought for drift"].axes[0].transData.transform((5, 2)))
+    )
+    assert 0.2 < right < 0.5 and top > 1, (
+        "the lower tenth of the drifts has a third of the axis, the optimum none of the height"
+    )
 
 
 def test_a_sweep_of_one_trial(tmp_path: Path) -> None:

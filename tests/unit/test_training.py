@@ -1,12 +1,14 @@
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
+import wandb
 
 from caldpo_ray.batching import Schedule
 from caldpo_ray.config import Config, TrainSection
-from caldpo_ray.errors import InputError
-from caldpo_ray.loggers import open_loggers, scalars
+from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.loggers import open_loggers, require_installed, scalars
 from caldpo_ray.optimizers import learning_rate, make_optimizer
 from caldpo_ray.training import PolicyWorker
 
@@ -62,7 +64,6 @@ def test_tensorboard_gets_every_number_under_its_name(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_keeps_the_run_under_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     (log,) = open_loggers(["wandb"], tmp_path, {"a": 1}, "id0")
     log(7, scalars({"step": 7, "split": "eval", "loss": 0.5}))
@@ -72,7 +73,6 @@ def test_wandb_offline_keeps_the_run_under_its_identity(tmp_path: Path, monkeypa
 
 def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sweeps with the same trial are two runs."""
-    wandb = pytest.importorskip("wandb", reason="the wandb extra is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     seen = []
     for sweep in ("first", "second"):
@@ -83,7 +83,6 @@ def test_wandb_groups_the_trials_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="the mlflow extra is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(tmp_path.as_uri())
     for step in (7, 8):  # the second time as a resumed run does
@@ -97,6 +96,12 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
     mlflow.end_run()
     (trial,) = mlflow.search_runs(experiment_names=["caldpo_ray/my-sweep"], output_format="list")
     assert trial.info.run_name == "dpo"
+
+
+def test_a_logger_that_is_not_installed_is_named_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caldpo_ray.loggers.find_spec", {"tensorboard": object()}.get)
+    with pytest.raises(NotReady, match=r"mlflow is not installed; pip install 'caldpo-ray\[mlflow\]'"):
+        require_installed(["tensorboard", "mlflow"], "runs/a")
 
 
 def test_a_logger_that_cannot_start_is_one_message(tmp_path: Path) -> None:

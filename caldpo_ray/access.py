@@ -1,0 +1,89 @@
+"""What stands between this process and a cluster, each thing in one message: address, token, version."""
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from caldpo_ray.errors import NotReady, last_line
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of a dashboard on this machine, or at the end of a `kubectl port-forward`
+SECONDS = 10.0  # for an answer
+GIVE_TOKEN = (
+    "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them (cluster/README.md)"
+)
+
+
+def refusal(error: Exception, where: str) -> str:
+    """What to tell of the error with which Ray would not let this process join the cluster `where`."""
+    text = str(error)
+    if "Version mismatch" in text:
+        theirs, ours = re.findall(r"Ray: (\S+)\s+Python: (\S+)", text)
+        return (
+            f"Ray: {where} runs Ray {theirs[0]} on Python {theirs[1]}, and this is Ray {ours[0]} on Python {ours[1]}; they must"
+            " be the same: take the cluster's image, or install its versions here"
+        )
+    if re.search(r"unauthenticated|authentication|\btoken\b", f"{type(error).__name__} {text}", re.I):
+        return f"Ray: {where} refuses this process ({last_line(error)}); {GIVE_TOKEN}"
+    return f"Ray: {where} cannot be used ({last_line(error)}); check RAY_ADDRESS, or unset it"
+
+
+def look(address: str) -> list[str]:
+    """Lines about the cluster that takes jobs at `address`: its version, and its nodes with what they have.
+
+    Raises NotReady with the one thing that keeps `ray job submit` from it.
+    """
+    theirs, ours = _ask(address, "/api/version").get("ray_version"), version("ray")
+    if theirs != ours:
+        raise NotReady(
+            f"{address}: runs Ray {theirs}, and this is Ray {ours}; they must be the same: pip install 'ray=={theirs}'"
+        )
+    nodes = _ask(address, "/api/v0/nodes?detail=true&limit=10000")["data"]["result"]["result"]
+    return [
+        f"{address}: Ray {theirs}, {len(nodes)} node{'s' * (len(nodes) != 1)}",
+        *(_describe(node) for node in nodes),
+    ]
+
+
+def _ask(address: str, path: str) -> dict[str, Any]:
+    token, source = _token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        request = urllib.request.Request(f"{address.rstrip('/')}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            found: dict[str, Any] = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise NotReady(f"{address}: asks for a token and got none; {GIVE_TOKEN}") from None
+        if error.code == 403:
+            raise NotReady(f"{address}: refuses the token of {source}; {GIVE_TOKEN}") from None
+        raise NotReady(f"{address}: answers {error.code} to {path}; is this Ray's dashboard?") from None
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(error, json.JSONDecodeError):
+            raise NotReady(f"{address}: is something else than Ray's dashboard") from None
+        raise NotReady(
+            f"{address}: no answer ({reason}); is the cluster up, and does `kubectl port-forward svc/NAME-head-svc 8265:8265` run?"
+            " RAY_API_SERVER_ADDRESS or --address is another address"
+        ) from None
+    return found
+
+
+def _token() -> tuple[str, str]:
+    """(the token that `ray job submit` would send, where it comes from); empty where it would send none."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        return "", ""
+    if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return given, "RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return (path.read_text().strip(), str(path)) if path.is_file() else ("", "")
+
+
+def _describe(node: dict[str, Any]) -> str:
+    has, labels = node["resources_total"], node["labels"]
+    own = {key: value for key, value in labels.items() if not key.startswith("ray.io/")}
+    return f"  {node['node_ip']} ({node['state'].lower()}): {has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU, labels {own}"

@@ -1,0 +1,134 @@
+"""What keeps a process from a cluster is told in one message that names it, and what to do."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caldpo_ray.access import look, refusal
+from caldpo_ray.cli import main
+from caldpo_ray.errors import NotReady
+
+TOKEN = "a" * 40
+NODE = {
+    "node_ip": "10.0.0.2",
+    "state": "ALIVE",
+    "resources_total": {"CPU": 16.0, "GPU": 4.0},
+    "labels": {"ray.io/node-id": "x", "caldpo.io/role": "policy"},
+}
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """The answers of Ray's dashboard with token authentication, as its source has them."""
+
+    ray_version = version("ray")
+
+    def do_GET(self) -> None:
+        given = self.headers.get("Authorization")
+        if given is None:
+            return self._answer(401, b"Unauthorized: Missing authentication token")
+        if given != f"Bearer {TOKEN}":
+            return self._answer(403, b"Forbidden: Invalid authentication token")
+        nodes = {"data": {"result": {"result": [NODE]}}}
+        found = {"ray_version": self.ray_version} if self.path == "/api/version" else nodes
+        return self._answer(200, json.dumps(found).encode())
+
+    def _answer(self, code: int, text: bytes) -> None:
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class OlderDashboard(Dashboard):
+    ray_version = "2.10.0"
+
+
+class OtherServer(Dashboard):
+    def do_GET(self) -> None:
+        self._answer(200, b"<html>")
+
+
+@contextmanager
+def serving(handler: type[Dashboard]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No token of the person who runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_a_cluster_that_takes_jobs_tells_its_nodes_and_labels(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(f"{TOKEN}\n")
+    with serving(Dashboard) as address, pytest.raises(SystemExit) as stopped:
+        main(["cluster", "check", "--address", address])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{address}: Ray {version('ray')}, 1 node",
+        "  10.0.0.2 (alive): 16 CPU, 4 GPU, labels {'caldpo.io/role': 'policy'}",
+    ]
+
+
+def test_a_token_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Dashboard) as address:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)  # without the mode Ray does not send it
+        with pytest.raises(NotReady, match="asks for a token and got none; export RAY_AUTH_MODE=token"):
+            look(address)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        assert len(look(address)) == 2
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN[:-1])
+        with pytest.raises(NotReady, match=r"refuses the token of RAY_AUTH_TOKEN; .*cluster/README\.md") as error:
+            look(address)
+        assert TOKEN[:-1] not in str(error.value)
+
+
+def test_nobody_or_somebody_else_is_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotReady, match=r"127.0.0.1:9: no answer .*refused.*port-forward.*RAY_API_SERVER_ADDRESS"):
+        look("http://127.0.0.1:9")
+    with serving(OtherServer) as address, pytest.raises(NotReady, match="something else than Ray's dashboard"):
+        look(address)
+
+
+def test_another_version_is_named_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    with serving(OlderDashboard) as address, pytest.raises(NotReady, match=r"runs Ray 2\.10\.0.*ray==2\.10\.0"):
+        look(address)
+
+
+def test_what_ray_says_to_a_driver_is_told_in_one_line() -> None:
+    from ray._private.utils import check_version_info  # whose words they are
+
+    theirs = {"ray_version": "2.10.0", "python_version": "3.9.1"}
+    with pytest.raises(RuntimeError) as mismatch:
+        check_version_info(theirs, "node 10.0.0.3")
+    told = refusal(mismatch.value, "10.0.0.1:6379")
+    assert "10.0.0.1:6379 runs Ray 2.10.0 on Python 3.9.1, and this is Ray" in told and "\n" not in told
+    wrong = RuntimeError("rpc failed\nUNAUTHENTICATED: InvalidAuthToken: Authentication token is missing or incorrect")
+    assert "refuses this process (UNAUTHENTICATED" in refusal(wrong, "auto") and "RAY_AUTH_MODE" in refusal(
+        wrong, "auto"
+    )
+    assert "check RAY_ADDRESS" in refusal(ConnectionError("Could not find any running Ray instance"), "auto")
