@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test chaos soak hosts bench lint
+.PHONY: install quickstart test faults chaos soak hosts bench lint
 
 install: $(STAMP)
 
@@ -29,6 +29,11 @@ test: install
 	trap "kill $$others" INT TERM; \
 	$(BIN)/python -m pytest tests/ray; ray=$$?; \
 	wait $$others; code=$$?; cat .pytest-others.log; exit $$((ray | code))
+
+# `make faults FAULTS="-k head"` hands options on.
+faults: install
+	@echo "Faults: nodes of a cluster on this machine die, go and come; how long a run then stands still (about ten minutes on two cores)"
+	@$(BIN)/python -m pytest -s tests/faults $(FAULTS)
 
 # Not part of `make test`: it needs root, for network namespaces.
 hosts: install

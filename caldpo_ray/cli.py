@@ -1,17 +1,14 @@
 """The command `caldpo`: one verb per function, errors as one message, exit codes 0, 2, 3 and 130."""
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.interrupts import interrupts_answered
 
 # The base of Typer's usage errors, which it exports under no name of its own.
 USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -247,7 +244,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if os.getcwd() not in sys.path:  # as `python -m` does it, for the user's own objective or row function
         sys.path.insert(0, os.getcwd())
     try:
-        with _interrupts_answered():
+        with interrupts_answered():
             code: Any = app(arguments, standalone_mode=False)
     except typer.Exit as stop:
         code = stop.exit_code
@@ -263,24 +260,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if code == INTERRUPTED:  # Typer, too, makes this code of the exception
         _complain(RuntimeError("interrupted; the same command resumes the run"), code)
     sys.exit(code or 0)
-
-
-@contextmanager
-def _interrupts_answered() -> Iterator[None]:
-    """Ctrl-C says at once that it was heard: until workers have stopped, seconds may pass."""
-
-    def answer(number: int, frame: FrameType | None) -> None:
-        os.write(2, b"\ncaldpo: stopping ...\n")  # not `print`, which may be what was interrupted
-        signal.default_int_handler(number, frame)
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # as in a shell's background: ignored
-        yield
-        return
-    signal.signal(signal.SIGINT, answer)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _complain(error: BaseException, code: int) -> int:

@@ -25,7 +25,7 @@ from pydantic import (
 from caldpo_ray.dotted import flatten, get, given_twice, parse_overrides, put, put_default
 from caldpo_ray.errors import InputError
 from caldpo_ray.objective_parameters import SCHEMAS, ObjectiveParameters, parse_objective
-from caldpo_ray.options import ALIASES, NOT_ALIASES, Section, explain, one_rule, types_in
+from caldpo_ray.options import ALIASES, NOT_ALIASES, Range, Section, explain, highest, lowest, one_rule, types_in
 from caldpo_ray.redaction import require_no_secret
 from caldpo_ray.sweep_options import SweepSection
 from caldpo_ray.yaml_text import read_yaml, write_yaml
@@ -130,11 +130,7 @@ class ReferenceSection(Section):
     """Default: model.dtype."""
     store: Annotated[Location | None, EXECUTION]
     """Folder of reference log-probs shared by runs, by default in run.output_dir; null scores anew in every run."""
-    num_actors: Annotated[
-        PositiveInt | tuple[PositiveInt, PositiveInt],
-        EXECUTION,
-        one_rule("a whole number above 0, or [lowest, highest], two of them"),
-    ] = 1
+    num_actors: Annotated[Range, EXECUTION] = 1
     """Processes that score; [lowest, highest] lets the pool grow."""
     num_cpus_per_actor: Annotated[float, Field(ge=0), EXECUTION] = 0.5
     """CPUs that Ray sets aside for each."""
@@ -161,13 +157,6 @@ class ReferenceSection(Section):
         if num_gpus > 1 and not num_gpus.is_integer():
             raise ValueError("a fraction of one GPU (below 1) or a whole number of them; round it up or down")
         return num_gpus
-
-    @field_validator("num_actors")
-    @classmethod
-    def _range_goes_up(cls, num_actors: int | tuple[int, int]) -> int | tuple[int, int]:
-        if isinstance(num_actors, tuple) and num_actors[0] > num_actors[1]:
-            raise ValueError("a range is [lowest, highest]; swap the two numbers")
-        return num_actors
 
 
 class DeepSpeedSection(Section):
@@ -198,8 +187,8 @@ class DeepSpeedSection(Section):
 
 
 class TrainSection(Section):
-    num_workers: Annotated[PositiveInt, EXECUTION] = 1
-    """Processes that train; one GPU each where use_gpu is true."""
+    num_workers: Annotated[Range, EXECUTION] = 1
+    """Processes that train; one GPU each where use_gpu is true. [lowest, highest] lets them come and go with the nodes."""
     num_cpus_per_worker: Annotated[float, Field(ge=0), EXECUTION] = 0.5
     """CPUs that Ray sets aside for each."""
     num_threads_per_worker: Annotated[PositiveInt | None, EXECUTION] = None
@@ -252,17 +241,26 @@ class TrainSection(Section):
     """How many steps may be left out before the run stops all the same."""
     deepspeed: DeepSpeedSection = DeepSpeedSection()
 
+    @property
+    def fewest_workers(self) -> int:
+        """With less than these nothing is trained."""
+        return lowest(self.num_workers)
+
+    @property
+    def most_workers(self) -> int:
+        return highest(self.num_workers)
+
     @field_validator("num_gpus_per_worker")
     @classmethod
     def _ranks_share_no_gpu(cls, num_gpus: float, others: ValidationInfo) -> float:
-        if num_gpus < 1 and others.data.get("num_workers", 1) > 1:
+        if num_gpus < 1 and highest(others.data.get("num_workers", 1)) > 1:
             raise ValueError("needs num_workers 1: NCCL refuses two workers of one run on the same GPU")
         return num_gpus
 
     @field_validator("batch_size")
     @classmethod
     def _batch_feeds_every_worker(cls, batch_size: int, others: ValidationInfo) -> int:
-        num_workers = others.data.get("num_workers", 1)
+        num_workers = highest(others.data.get("num_workers", 1))
         if batch_size < num_workers:
             raise ValueError(
                 f"smaller than train.num_workers = {num_workers}: every worker needs a row; raise it or lower that"

@@ -39,7 +39,7 @@ def zero_stage(config: Config) -> int:
     if settings.zero_stage is not None:
         return settings.zero_stage
     copies = config.model.dtype == "bfloat16" or settings.offload_optimizer
-    return 1 if copies or config.train.num_workers > 1 else 0
+    return 1 if copies or config.train.most_workers > 1 else 0
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class OutOfMemory(RuntimeError):
     """A micro-batch did not fit into memory. The next group of workers cuts smaller ones, and no restart is counted for it."""
 
 
+class Left(RuntimeError):
+    """A group of workers saved a checkpoint and ended, for the next group to go on from it. No restart is counted for it."""
+
+
 KINDS = (NotReady, InputError, Diverged, DamagedCheckpoint, RunError)  # the more special first
 
 

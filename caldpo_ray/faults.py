@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caldpo_ray.config import TrainSection
-from caldpo_ray.errors import Diverged, OutOfMemory, RunError, last_line
+from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line
 from caldpo_ray.run_dir import RunDir
+from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.schema import Row
+from caldpo_ray.waiting import FEED_SECONDS, wait_for
 
 MOST_NAMED = 64  # rows in one message
 
@@ -69,3 +71,21 @@ def within_memory(rows: Sequence[Row], run: RunDir, asked: int, tokens: int) -> 
             f"no memory for a micro-batch of {len(rows)} rows; train.micro_batch_tokens goes from {tokens} to {half}, which changes"
             " no global batch"
         ) from error
+
+
+def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
+    """Tell the feed why this rank stops; whether starting the group again may cure it."""
+    feed = settings["feed"]
+    log_of_rank(settings)("stopped", None, {"reason": f"{type(error).__name__}: {last_line(error)}"})
+    if isinstance(error, (InputError, RunError)):
+        ours = find_error(error) or error  # without Ray's account of where it came from
+        wait_for(feed.fail.remote(type(ours).__name__, str(ours)), "the feed", FEED_SECONDS)
+        return False
+    if wait_for(feed.progress.remote(), "the feed", FEED_SECONDS).failure is not None:
+        return False
+    restarts = settings["config"]["train"]["max_failures"]
+    after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
+    if isinstance(error, OutOfMemory):
+        after = "; Ray Train starts again from the last checkpoint"
+    feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
+    return True

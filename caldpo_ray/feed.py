@@ -20,6 +20,7 @@ import numpy as np
 from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError, raise_told
+from caldpo_ray.leaving import Leave, Requests
 from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache
@@ -227,6 +228,7 @@ class Feed:
         self._batches: dict[tuple[SplitName, int], KnownBatch] = {}
         self._plans: dict[tuple[Any, ...], list[list[MicroBatchPlan]]] = {}
         self._progress = Progress(reference=None if job is None else ReferenceProgress())
+        self._requests = Requests()
         self._error: Exception | None = None
         self._filled = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -306,6 +308,15 @@ class Feed:
 
     async def progress(self) -> Progress:
         return self._progress
+
+    async def leave(self, leave: Leave) -> bool:
+        """Have the policy workers leave. False where none has begun to train."""
+        self._requests.ask(leave)
+        return self._progress.started
+
+    async def leave_wanted(self, attempt: int) -> Leave:
+        """Returns when the group of workers with this number is to leave."""
+        return await self._requests.wanted(attempt)
 
     def _admit(self, attempt: int) -> None:
         if attempt < self._attempt:

@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
 
@@ -42,6 +42,30 @@ def one_rule(rule: str) -> WrapValidator:
             raise ValueError(own[0] if own else f"must be {rule}") from None
 
     return WrapValidator(check)
+
+
+def _goes_up(numbers: int | tuple[int, int]) -> int | tuple[int, int]:
+    if lowest(numbers) > highest(numbers):
+        raise ValueError("a range is [lowest, highest]; swap the two numbers")
+    return numbers
+
+
+def lowest(numbers: int | tuple[int, int]) -> int:
+    """Of a `Range`."""
+    return numbers if isinstance(numbers, int) else numbers[0]
+
+
+def highest(numbers: int | tuple[int, int]) -> int:
+    """Of a `Range`."""
+    return numbers if isinstance(numbers, int) else numbers[1]
+
+
+_Count = Annotated[int, Field(gt=0, lt=2**31)]
+Range = Annotated[
+    _Count | tuple[_Count, _Count],
+    one_rule("a whole number above 0, or [lowest, highest], two of them"),
+    AfterValidator(_goes_up),
+]
 
 
 def types_in(annotation: Any) -> Iterator[Any]:

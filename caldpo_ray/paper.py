@@ -66,7 +66,7 @@ def paper_lines(config: Config, device: str, rows: Sequence[Row], num_rows: int 
 
 
 def one_step(config: Config, peak: float, rows: Sequence[Row]) -> Step:
-    """FLOPs and seconds of a step on `train.num_workers` GPUs of this peak."""
+    """FLOPs and seconds of a step on `train.num_workers` GPUs of this peak, the lowest of a range."""
     train, model = config.train, _model(config)
     cost = forward_cost(model, config.model.gradient_checkpointing)
     tokens = sum(row.num_tokens for row in rows) / len(rows)
@@ -75,7 +75,7 @@ def one_step(config: Config, peak: float, rows: Sequence[Row]) -> Step:
     chunks = math.ceil(train.micro_batch_tokens / head_chunk_positions(model.config.get_text_config().vocab_size))
     policy = cost.of(tokens, pairs, scored, chunks, backward=True) * train.batch_size
     reference = cost.of(tokens, pairs, scored, 1, backward=False) * train.batch_size
-    workers = train.num_workers
+    workers = train.fewest_workers
     micro_batches = math.ceil(tokens * train.batch_size / workers / train.micro_batch_tokens)
     seconds = policy / (workers * peak * UTILISATION)
     return Step(workers, train.batch_size, tokens * train.batch_size, policy, reference, micro_batches, seconds)

@@ -22,11 +22,12 @@ from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, Progress, count_split, schedules
 from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
+from caldpo_ray.interrupts import own_signals_kept
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
 from caldpo_ray.node_check import require_alike
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, scaling, this_node
+from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, room_for_workers, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -155,7 +156,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     """
     require_installed(config.loggers, config.run_dir)
     require_objective(config.objective)
-    deepspeed_config(config, config.train.num_workers)
+    deepspeed_config(config, config.train.most_workers)
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
     require_alike(config)
@@ -211,7 +212,8 @@ def connect(verbose: bool) -> None:
             ray.init, log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False
         )
         try:
-            _join_or_start(start)
+            with own_signals_kept():
+                _join_or_start(start)
         except Exception as error:  # a node that is slow to start raises a plain Exception
             raise NotReady(refusal(error, os.environ.get("RAY_ADDRESS", "a local cluster"))) from None
     if not verbose:
@@ -291,9 +293,8 @@ def fit(
 
 def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextManager[Any]], controller: Any) -> None:
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig
 
-    from caldpo_ray.trainer import PolicyTrainer
+    from caldpo_ray.trainer import PolicyTrainer, run_config
 
     config, run = prepared.config, prepared.run
     side_by_side = prepared.side_by_side
@@ -317,19 +318,14 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
         }
     trainer = PolicyTrainer(
         train_loop,
+        feed,
         controller,
+        room=partial(room_for_workers, config, prepared.job is not None and side_by_side),
         placement_seconds=config.train.placement_timeout_seconds,
         wait_seconds=config.train.wait_timeout_seconds,
         train_loop_config=worker_settings(prepared, feed),
         scaling_config=scaling(config),
-        run_config=RunConfig(
-            name="checkpoints",
-            **ray_train_storage(run.path),
-            failure_config=FailureConfig(
-                max_failures=config.train.max_failures, controller_failure_limit=config.train.max_failures
-            ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.train.keep_checkpoints, **ranked),
-        ),
+        run_config=run_config(config.train, ray_train_storage(run.path), ranked),
     )
     num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
     try:
@@ -347,7 +343,7 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
 
 def _why_stopped(error: Exception, progress: Progress, config: Config) -> Exception:
     """What to tell of the error that Ray Train ended with. Raises what a worker or the feed has told already."""
-    from caldpo_ray.trainer import never_started
+    from caldpo_ray.regroup import never_started
 
     progress.raise_failure()
     if never_started(error):
@@ -355,12 +351,12 @@ def _why_stopped(error: Exception, progress: Progress, config: Config) -> Except
     return find_error(error) or RunError(f"training stopped: {last_line(error)}")
 
 
-def train_loop(settings: dict[str, Any]) -> None:
+def train_loop(settings: dict[str, Any]) -> bool:
     """What a worker runs; imported there, so that the driver needs no transformers."""
     with large_imports():
         from caldpo_ray.training import train_loop_per_worker
 
-    train_loop_per_worker(settings)
+    return train_loop_per_worker(settings)
 
 
 def get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:

@@ -8,11 +8,13 @@ from typing import Any
 from caldpo_ray.config import Config
 from caldpo_ray.data import TOKENISE_CPUS
 from caldpo_ray.errors import InputError, NotReady, RunError
+from caldpo_ray.options import lowest
 
 Resources = dict[str, float]
 # On the one node of a cluster that `connect` started for this process alone.
 OWN_CLUSTER = {"caldpo.io/cluster": "own"}
 POLL_SECONDS = 1.0
+RESIZE_SECONDS = 10.0  # between two looks at whether workers can be added
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,14 @@ class Node:
 
 
 def bundles(config: Config, needs_reference: bool) -> tuple[list[Bundle], list[Bundle]]:
-    """(policy workers, reference actors) as bundles; a pool counts with its smallest size."""
+    """(policy workers, reference actors) as bundles; what may grow counts with its smallest size."""
     train, reference = config.train, config.reference
     policy = {"CPU": train.num_cpus_per_worker, "GPU": train.num_gpus_per_worker if train.use_gpu else 0.0}
-    workers = [Bundle("policy worker", policy, train.label_selector or {})] * train.num_workers
+    workers = [Bundle("policy worker", policy, train.label_selector or {})] * train.fewest_workers
     if not needs_reference:
         return workers, []
-    actors = reference.num_actors[0] if isinstance(reference.num_actors, tuple) else reference.num_actors
     frozen = {"CPU": reference.num_cpus_per_actor, "GPU": reference.num_gpus_per_actor}
-    return workers, [Bundle("reference actor", frozen, reference.label_selector or {})] * actors
+    return workers, [Bundle("reference actor", frozen, reference.label_selector or {})] * lowest(reference.num_actors)
 
 
 def scaling(config: Config) -> Any:
@@ -64,7 +65,17 @@ def scaling(config: Config) -> Any:
         use_gpu=config.train.use_gpu,
         resources_per_worker={"CPU": config.train.num_cpus_per_worker, **gpus},
         label_selector=config.train.label_selector,
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
     )
+
+
+def room_for_workers(config: Config, needs_reference: bool, but: frozenset[str]) -> int:
+    """How many policy workers all nodes but these have room for, beside the reference actors where they are needed."""
+    workers, actors = bundles(config, needs_reference)
+    nodes, count = live_nodes(but), 0
+    while count < config.train.most_workers and unplaced([*workers[:1] * (count + 1), *actors], nodes) is None:
+        count += 1
+    return count
 
 
 def data_task(config: Config) -> Bundle:
@@ -107,13 +118,14 @@ def _admits(rule: str, value: str | None) -> bool:
     return value == rule
 
 
-def live_nodes() -> list[Node]:
+def live_nodes(but: frozenset[str] = frozenset()) -> list[Node]:
+    """All nodes but those with these ids."""
     import ray
 
     return [
         Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels", {}), node["NodeID"])
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in but
     ]
 
 
@@ -176,7 +188,7 @@ def not_placed(config: Config, started: bool) -> InputError | RunError:
     bundle = bundles(config, needs_reference=False)[0][0]
     free = ray.available_resources()
     text = (
-        f"resources: {config.train.num_workers} policy workers were not placed within"
+        f"resources: {config.train.fewest_workers} policy workers were not placed within"
         f" train.placement_timeout_seconds = {config.train.placement_timeout_seconds:g}: each needs {_needs(bundle)}; the whole"
         f" cluster has {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free now, of which this run's other processes need"
         " some; end what else runs there, or raise train.placement_timeout_seconds and start the run again"
@@ -206,7 +218,7 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
     wanted, keys = {
         "data task": ("", "data.label_selector"),
         "policy worker": (
-            f" ({config.train.num_workers} wanted)",
+            f" ({config.train.fewest_workers} wanted)",
             "train.num_workers, train.use_gpu, train.num_cpus_per_worker or train.label_selector",
         ),
         "reference actor": (

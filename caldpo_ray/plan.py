@@ -144,7 +144,7 @@ def plan(config: Config, verbose: bool = False, measured: bool = False, device: 
     require_lasting_folders(config)
     require_installed(config.loggers, config.run_dir)
     require_objective(config.objective)
-    deepspeed_config(config, config.train.num_workers)
+    deepspeed_config(config, config.train.most_workers)
     config = pinned(config)
     if config.reference.name_or_path is not None:
         pinned_revision(config.reference.name_or_path, config.reference.revision)
@@ -299,7 +299,7 @@ def _memory_lines(config: Config) -> Iterator[str]:
     yield (
         f"model      {found.parameters / 1e6:.1f} M parameters, {found.trained / 1e6:.1f} M trained, {config.model.dtype}"
     )
-    shares = found.of_worker(stage, train.num_workers)
+    shares = found.of_worker(stage, train.fewest_workers)
     listed = ", ".join(f"{name} {describe_bytes(size)}" for name, size in shares.items())
     yield f"memory     per policy worker at ZeRO-{stage}: {describe_bytes(sum(shares.values()))} ({listed})"
     batch = found.of_micro_batch(train.micro_batch_tokens)
@@ -312,9 +312,9 @@ def _memory_lines(config: Config) -> Iterator[str]:
         )
     )
     totals = [
-        f"ZeRO-{other} {describe_bytes(sum(found.of_worker(other, train.num_workers).values()))}" for other in STAGES
+        f"ZeRO-{other} {describe_bytes(sum(found.of_worker(other, train.fewest_workers).values()))}" for other in STAGES
     ]
-    yield f"           with {train.num_workers} worker{'s' * (train.num_workers > 1)}: {', '.join(totals)}"
+    yield f"           with {train.fewest_workers} worker{'s' * (train.fewest_workers > 1)}: {', '.join(totals)}"
     offloaded = train.deepspeed.offload_optimizer, train.deepspeed.offload_param
     for name, moved in zip(("optimiser", "weights"), offloaded, strict=True):
         if moved:
@@ -370,7 +370,7 @@ def _measured_lines(config: Config, sample: Sample, num_rows: int | None, num_tr
         )
         yield (
             f"           reference.num_actors = {config.reference.num_actors}: {needed} keep{'s' * (needed == 1)} up with"
-            f" {config.train.num_workers} policy worker{'s' * (config.train.num_workers > 1)}"
+            f" {config.train.fewest_workers} policy worker{'s' * (config.train.fewest_workers > 1)}"
         )
         yield from _reachable_lines(config, np.array(reference.chosen_logps, np.float32))
     if num_rows is not None:

@@ -153,6 +153,8 @@ class Watcher:
         ):
             self._news.append(reference.describe())
             self._scored = True
+        if len(progress.notes) < self._num_notes:  # the feed was started again, and knows none of the old ones
+            self._num_notes = 0
         self._news += progress.notes[self._num_notes :]
         self._num_notes = len(progress.notes)
         try:

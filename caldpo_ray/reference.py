@@ -17,6 +17,7 @@ from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
 from caldpo_ray.imports import large_imports
+from caldpo_ray.options import highest, lowest
 from caldpo_ray.progress import quiet_data_context, say, this_place
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
@@ -306,12 +307,11 @@ def actor_pool(settings: ReferenceSection, calls_per_actor: int) -> dict[str, An
     """Where Ray Data runs the actors of a pool, and how many of them: arguments of `map_batches`."""
     import ray.data
 
-    low, high = (
-        settings.num_actors if isinstance(settings.num_actors, tuple) else (settings.num_actors, settings.num_actors)
-    )
     return {
         "compute": ray.data.ActorPoolStrategy(
-            min_size=low, max_size=high, max_concurrent_calls_per_actor=calls_per_actor
+            min_size=lowest(settings.num_actors),
+            max_size=highest(settings.num_actors),
+            max_concurrent_calls_per_actor=calls_per_actor,
         ),
         "num_cpus": settings.num_cpus_per_actor,
         "num_gpus": settings.num_gpus_per_actor or None,

@@ -154,8 +154,13 @@ def _run_facts(
         "Trained": f"{last['step']:,} steps, {last['rows']:,} rows, {last['epoch']:.2f} epochs",
         "Optimisation": f"{settings.optimizer}, learning rate {settings.learning_rate:g} ({settings.lr_scheduler}),"
         f" {settings.batch_size} rows per step, seed {config.run.seed}",
-        "Workers": f"{settings.num_workers} ({'GPU' if settings.use_gpu else 'CPU'}), ZeRO stage {settings.deepspeed.zero_stage}",
+        "Workers": f"{_range(settings.fewest_workers, settings.most_workers)} ({'GPU' if settings.use_gpu else 'CPU'}),"
+        f" ZeRO stage {settings.deepspeed.zero_stage}",
     }
+
+
+def _range(lowest: int, highest: int) -> str:
+    return str(lowest) if lowest == highest else f"{lowest} to {highest}"
 
 
 def _parameters(config: Config) -> dict[str, Any]:
@@ -192,7 +197,7 @@ def _cost(
         )
         facts["Training steps"] = f"{seconds:,.0f} s"
         if config.train.use_gpu:
-            facts["GPU-hours of the policy"] = f"{seconds * config.train.num_workers / 3600:,.2f}"
+            facts["GPU-hours of the policy"] = f"{seconds * config.train.most_workers / 3600:,.2f}"
     if evaluated and all("wall_seconds" in line for line in evaluated):
         facts["Evaluations"] = f"{sum(line['wall_seconds'] for line in evaluated):,.0f} s in {len(evaluated)}"
     for name in ("reference", "feed"):

@@ -84,6 +84,11 @@ def make_plan(config: Config, home: SweepDir) -> Plan:
         raise InputError(
             "data.eval: required for a sweep, whose points are chosen and reported on held-out rows; give it"
         )
+    if config.train.fewest_workers < config.train.most_workers:
+        raise InputError(
+            f"train.num_workers = [{config.train.fewest_workers}, {config.train.most_workers}]: trials of a sweep have a fixed"
+            " number of workers"
+        )
     plan = Plan(config, {each.label: each for each in found}, _points(config, found), seeds(config))
     require_equal_budgets([(each, len(plan.points[each.label])) for each in found])
     _require_comparable(plan)
@@ -132,7 +137,7 @@ def require_room(config: Config, nodes: list[Node]) -> None:
     asked = config.sweep.max_concurrent
     if asked is not None and (fits := _room(config, nodes, asked, 0.0)) < asked:
         raise NotReady(
-            f"sweep.max_concurrent = {asked}: the cluster has room for {fits} trials of {config.train.num_workers} workers at"
+            f"sweep.max_concurrent = {asked}: the cluster has room for {fits} trials of {config.train.most_workers} workers at"
             " once; lower it, or lower train.num_cpus_per_worker or train.num_gpus_per_worker"
         )
 
@@ -159,7 +164,7 @@ def num_threads(config: Config, nodes: list[Node], at_once: int) -> int | None:
     if config.train.use_gpu or at_once == 1:
         return None
     cores: Any = sum(node.resources.get("CPU", 0.0) for node in nodes)
-    return max(1, int(cores / (at_once * config.train.num_workers)))
+    return max(1, int(cores / (at_once * config.train.most_workers)))
 
 
 def require_optuna() -> Any:

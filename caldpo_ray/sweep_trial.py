@@ -212,7 +212,7 @@ def run_trial(shared: Shared, trial: Trial, evaluations: Evaluations, controller
                 return {}
             state, reason = "stopped", str(error)
         finally:
-            home.spend(trial, (time.monotonic() - started) * config.train.num_workers)
+            home.spend(trial, (time.monotonic() - started) * config.train.most_workers)
     if home.outcome(trial) is None:  # else the scheduler has written why it stopped this trial
         home.write_outcome(trial, state, reason)
     if state == "completed" and (run.path / "checkpoints").exists():

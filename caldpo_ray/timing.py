@@ -83,7 +83,7 @@ def _devices(of_role: list[Bundle]) -> float:
 
 def actors_needed(config: Config, policy: Speed, reference: Speed) -> int:
     """Reference actors that score as many rows as the policy workers train on in the same time."""
-    return max(1, math.ceil(policy.rows_per_second * config.train.num_workers / reference.rows_per_second - 1e-9))
+    return max(1, math.ceil(policy.rows_per_second * config.train.fewest_workers / reference.rows_per_second - 1e-9))
 
 
 def measure(config: Config, rows: list[Row]) -> tuple[Speed, Speed | None]:
@@ -95,7 +95,7 @@ def measure(config: Config, rows: list[Row]) -> tuple[Speed, Speed | None]:
     if config.objective.reads_first_only:
         rows = [replace(row, response_ids=row.response_ids[:1]) for row in rows]
     workers, actors = bundles(config, config.objective.needs_reference)
-    cores = settings.num_threads_per_worker or max(1, (os.cpu_count() or 1) // settings.num_workers)
+    cores = settings.num_threads_per_worker or max(1, (os.cpu_count() or 1) // settings.fewest_workers)
     job = TrialJob(
         config.model, config.model.dtype, rows, True, settings.micro_batch_tokens, cores, workers[0].resources["GPU"],
         config.run.seed,

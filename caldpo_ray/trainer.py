@@ -7,35 +7,34 @@ torchrun variables, the process group, the device, the clean end.
 
 import os
 import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import ControllerError, FailureConfig, TrainingFailedError, WorkerGroupError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
-    DEFAULT_WORKER_GROUP_START_TIMEOUT_S,
     ENABLE_PREEMPTION_WATCHER_ENV_VAR,
     HEALTH_CHECK_INTERVAL_S_ENV_VAR,
-    WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
+    PREEMPTION_POLL_INTERVAL_S_ENV_VAR,
     get_env_vars_to_propagate,
 )
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from caldpo_ray.allocator import keep_freed_memory
-from caldpo_ray.errors import OutOfMemory
+from caldpo_ray.config import TrainSection
 from caldpo_ray.imports import large_imports
+from caldpo_ray.leaving import ask_to_end, ask_to_move
+from caldpo_ray.progress import say
+from caldpo_ray.regroup import AheadOfPreemption, Elastic, Restarts, RunController
 from caldpo_ray.waiting import wait_for
 
 # The rows come from the feed. The cleaner of placement groups finds "the" cluster by itself and, with two on one host, removes
@@ -43,75 +42,72 @@ from caldpo_ray.waiting import wait_for
 UNUSED_CALLBACKS = (DatasetsCallback, PlacementGroupCleanerCallback)
 SHUTDOWN_SECONDS = 30
 JOIN_TIMES = 2  # imports come first, and torch itself gives up waiting for others after once the time
+LEAVE_SECONDS = 5  # of a worker whose node may be gone
 CONTROLLER_POLL_SECONDS = "0.2"  # Ray Train takes one report per poll; its default of 2 s would stall every checkpoint
+PREEMPTION_POLL_SECONDS = "1"
+
+
+def run_config(train: TrainSection, storage: dict[str, Any], ranked: dict[str, Any]) -> RunConfig:
+    """What Ray Train keeps where, how many restarts it allows, and by which of their metrics checkpoints are ranked."""
+    failures = FailureConfig(max_failures=train.max_failures, controller_failure_limit=train.max_failures)
+    checkpoints = CheckpointConfig(num_to_keep=train.keep_checkpoints, **ranked)
+    return RunConfig(name="checkpoints", **storage, failure_config=failures, checkpoint_config=checkpoints)
 
 
 class PolicyTrainer(DataParallelTrainer):
     """Runs `train_loop_per_worker` in workers that share one torch process group.
 
-    `controller` is a process that is there already and controls nothing else meanwhile (see `start_controller`). Workers are waited
-    for `placement_seconds`, and one of them waits for the others `wait_seconds`.
+    Through `feed` they are asked to leave. `controller` is a process that is there already and controls nothing else meanwhile (see
+    `start_controller`). Workers are waited for `placement_seconds`, and one of them waits for the others `wait_seconds`; for how
+    many the cluster has `room`, but for some nodes, is asked where `scaling_config` allows for several numbers.
     """
 
     def __init__(
         self,
         train_loop_per_worker: Any,
+        feed: Any,
         controller: Any = None,
         *,
+        room: Callable[[frozenset[str]], int],
         placement_seconds: float,
         wait_seconds: float,
         **options: Any,
     ) -> None:
         super().__init__(train_loop_per_worker, backend_config=ProcessGroup(wait_seconds), **options)
-        self._controller, self._placement_seconds = controller, placement_seconds
+        self._feed, self._controller = feed, controller
+        self._room, self._placement_seconds = room, placement_seconds
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED_CALLBACKS)]
+        used = [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED_CALLBACKS)]
+        return [*used, AheadOfPreemption(partial(ask_to_move, self._feed))]
 
     def _initialize_and_run_controller(self, **of_the_run: Any) -> Any:
         of_the_run["failure_policy"] = Restarts(self.run_config.failure_config, self._placement_seconds)
-        controller = self._controller or start_controller()
-        try:
-            return ray.get(controller.run.remote(of_the_run))
-        except KeyboardInterrupt:  # Ray's own handler would end this process with code 0
-            with suppress(RayError):
-                ray.get(controller.abort.remote(), timeout=SHUTDOWN_SECONDS)
-            raise
+        if self.scaling_config.elasticity_enabled:
+            of_the_run["scaling_policy"] = Elastic(
+                self.scaling_config, self._room, partial(ask_to_move, self._feed), self._placement_seconds
+            )
+        return self._wait_for(self._controller or start_controller(), of_the_run)
 
-
-class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
-    """Ray Train's, but memory that did not suffice counts as no failure, and workers are not waited for without an end."""
-
-    def __init__(self, failures: FailureConfig, placement_seconds: float) -> None:
-        super().__init__(failures)
-        self._placement_seconds = placement_seconds
-        self._waits_since: float | None = None
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Whether to start the group again."""
-        if never_started(training_failed_error):
-            now = time.monotonic()
-            self._waits_since = self._waits_since or now - _group_start_seconds()
-            waited = now - self._waits_since
-            return FailureDecision.RETRY if waited < self._placement_seconds else FailureDecision.RAISE
-        self._waits_since = None
-        if _lacks_memory(training_failed_error):
-            return FailureDecision.RETRY
-        return super().make_decision(training_failed_error)  # type: ignore[no-any-return]
-
-
-def _lacks_memory(error: Exception) -> bool:
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
-    return any(isinstance(failure, OutOfMemory) for failure in failures)
-
-
-def never_started(error: Exception) -> bool:
-    """Whether training stopped because Ray did not place the workers in time."""
-    return isinstance(error, ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
-
-
-def _group_start_seconds() -> float:
-    return float(os.environ.get(WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, DEFAULT_WORKER_GROUP_START_TIMEOUT_S))
+    def _wait_for(self, controller: Any, of_the_run: dict[str, Any]) -> Any:
+        """The result of a training. Interrupted, it has the workers save and end; interrupted again, it does not wait for them."""
+        running, asked = controller.run.remote(of_the_run), False
+        while True:
+            try:
+                result = ray.get(running)
+            except KeyboardInterrupt:  # Ray's own handler would end this process with code 0
+                if not asked and ask_to_end(self._feed):
+                    say(
+                        "a checkpoint is saved first, after the step that is running; stop once more not to wait for it"
+                    )
+                    asked = True
+                    continue
+                with suppress(RayError):
+                    ray.get(controller.abort.remote(), timeout=SHUTDOWN_SECONDS)
+                raise
+            if asked and result.return_value:
+                raise KeyboardInterrupt
+            return result
 
 
 def start_controller() -> Any:
@@ -132,13 +128,13 @@ class Controller:
 
     def __init__(self, variables: dict[str, str]) -> None:
         self._variables = variables
-        self._of_the_run: TrainController | None = None
+        self._of_the_run: RunController | None = None
 
     async def run(self, of_the_run: dict[str, Any]) -> Any:
         """Control one training to its end; its result."""
         added = self._variables.keys() - os.environ.keys()
         os.environ |= {name: self._variables[name] for name in added}
-        self._of_the_run = controller = TrainController(**of_the_run)
+        self._of_the_run = controller = RunController(**of_the_run)
         for name in added:  # or every worker would get them in a runtime environment
             del os.environ[name]
         await controller.run()
@@ -158,7 +154,11 @@ class Controller:
 def _controller_variables() -> dict[str, str]:
     """What the user set, else how often to poll, and no watch for nodes being drained on a cluster of this host alone."""
     watch = "1" if "RAY_ADDRESS" in os.environ else "0"
-    defaults = {HEALTH_CHECK_INTERVAL_S_ENV_VAR: CONTROLLER_POLL_SECONDS, ENABLE_PREEMPTION_WATCHER_ENV_VAR: watch}
+    defaults = {
+        HEALTH_CHECK_INTERVAL_S_ENV_VAR: CONTROLLER_POLL_SECONDS,
+        ENABLE_PREEMPTION_WATCHER_ENV_VAR: watch,
+        PREEMPTION_POLL_INTERVAL_S_ENV_VAR: PREEMPTION_POLL_SECONDS,
+    }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
@@ -191,7 +191,7 @@ class _ProcessGroupBackend(Backend):
         wait_for(joining, "policy workers to find each other", JOIN_TIMES * backend_config.wait_seconds)
 
     def on_shutdown(self, worker_group: Any, backend_config: ProcessGroup) -> None:
-        ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=SHUTDOWN_SECONDS)
+        ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=LEAVE_SECONDS)
 
 
 def _free_address() -> tuple[str, int]:

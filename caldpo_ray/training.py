@@ -24,10 +24,11 @@ from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
 from caldpo_ray.config import Config, ModelSection
 from caldpo_ray.engine import build_engine, set_up_process, spoil_step, take_step
-from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line
-from caldpo_ray.faults import leave_out, of_all_ranks, rows_not_finite, within_memory
+from caldpo_ray.errors import Diverged, InputError, Left, RunError
+from caldpo_ray.faults import leave_out, of_all_ranks, rows_not_finite, tell_failure, within_memory
 from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
+from caldpo_ray.leaving import Leave, Listener
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
@@ -40,7 +41,7 @@ from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.storage import make_folder, open_path, write_atomically
 from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Uploads
-from caldpo_ray.waiting import DUMPED_AT, FEED_SECONDS, Watchdog, wait_for
+from caldpo_ray.waiting import DUMPED_AT, Watchdog, wait_for
 
 HELD_SECONDS = 10.0  # between two looks at whether this attempt still holds the run directory
 
@@ -79,6 +80,8 @@ class PolicyWorker:
         self.skipped_steps = 0 if self.state is None else self.state.skipped_steps
         self.alarms = Alarms()
         self.held_at = time.monotonic()
+        self.listener = Listener(self.feed, self.attempt, self.rank)
+        self.leave: Leave | None = None
         self.uploads = Uploads(self.run, self.rank, self.wait_seconds, partial(tell_failure, settings))
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
@@ -106,8 +109,11 @@ class PolicyWorker:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """All remaining steps, with evaluation, checkpoints and the final export."""
+    def train(self) -> bool:
+        """All remaining steps, with evaluation, checkpoints and the final export; whether the run is to end before the last.
+
+        Raises Left where another group is to go on.
+        """
         num_steps = self.schedules["train"].num_steps
         step, best = self.resume()
         self.log("training", step, {"num_steps": num_steps, "world_size": self.world_size})
@@ -122,11 +128,15 @@ class PolicyWorker:
                 self.write(line)
             if evaluates:
                 best = self.evaluate(step, best)
-            if saves:
+            if saves or self.leave:
                 self.save(step, best)
+            if self.leave and step < num_steps:
+                self._end_after(step, self.leave)
+                return True
         self.export(self.run.model)
         self.watchdog.stop()
         self.uploads.finish_model()  # and Ray Train waits until the last checkpoint is committed
+        return False
 
     def due(self, step: int) -> tuple[bool, bool]:
         """Whether the held-out rows are evaluated and a checkpoint is saved after so many steps: one is ranked by the other."""
@@ -181,7 +191,8 @@ class PolicyWorker:
                 # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
                 self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
             parts.append(part)
-        totals = self.reduce(metrics.merge(parts))
+        totals = self.reduce(metrics.merge(parts) | self.listener.word())
+        self.leave = self.listener.agreed(totals)
         if step == 0 and self.settings["num_eval"]:
             self._require_best_metric(totals)
         norm = take_step(self.engine)
@@ -262,7 +273,8 @@ class PolicyWorker:
             self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
             self.skipped_steps,
         )  # fmt: skip
-        scores = {name: value for name, value in self.evaluated.items() if isinstance(value, float)}
+        evaluated = self.evaluated if self.evaluated.get("step") == step else {}  # not where workers leave in between
+        scores = {name: value for name, value in evaluated.items() if isinstance(value, float)}
         self.uploads.checkpoint(self.engine, state, scores)
         self.log("checkpoint", step)
         self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
@@ -386,6 +398,16 @@ class PolicyWorker:
             append_metrics(self.run.metrics, place | {"reason": reason, "row_ids": row_ids})
             self.feed.note.remote(f"warning: {told}")
 
+    def _end_after(self, step: int, leave: Leave) -> None:
+        """Commit what was saved. Raises Left where another group is to go on."""
+        self.watchdog.stop()
+        self.uploads.finish_model()
+        self.uploads.finish_checkpoint()
+        if self.rank == 0:
+            self.feed.note.remote(f"a checkpoint of step {step} is saved: {leave.why}")
+        if not leave.for_good:
+            raise Left(f"left after step {step}")
+
     def _require_held(self) -> None:
         """Now and then between writes, too: a newer attempt wants what this one holds."""
         if self.rank == 0 and time.monotonic() - self.held_at > HELD_SECONDS:
@@ -400,35 +422,20 @@ class PolicyWorker:
         self.feed.note.remote(f"rank {self.rank} {standing}; its stacks: {file}")
 
 
-def train_loop_per_worker(settings: dict[str, Any]) -> None:
-    """Entry point of every Ray Train worker.
+def train_loop_per_worker(settings: dict[str, Any]) -> bool:
+    """Entry point of every Ray Train worker; whether the run is to end before its last step.
 
     What restarting would not cure goes to the feed, and every rank ends quietly: the driver raises it. Anything else, a
     lost peer above all, is raised, and Ray Train starts the group again from the last checkpoint.
     """
     try:
-        PolicyWorker(settings).train()
+        return PolicyWorker(settings).train()
     except (InputError, RunError) as error:
         tell_failure(settings, error)
         dist.destroy_process_group()  # peers inside a collective wake up with an error
+    except Left:
+        raise
     except Exception as error:
         if tell_failure(settings, error):
             raise
-
-
-def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
-    """Tell the feed why this rank stops; whether starting the group again may cure it."""
-    feed = settings["feed"]
-    log_of_rank(settings)("stopped", None, {"reason": f"{type(error).__name__}: {last_line(error)}"})
-    if isinstance(error, (InputError, RunError)):
-        ours = find_error(error) or error  # without Ray's account of where it came from
-        wait_for(feed.fail.remote(type(ours).__name__, str(ours)), "the feed", FEED_SECONDS)
-        return False
-    if wait_for(feed.progress.remote(), "the feed", FEED_SECONDS).failure is not None:
-        return False
-    restarts = settings["config"]["train"]["max_failures"]
-    after = f"; Ray Train starts again from the last checkpoint, at most {restarts} times" if restarts else ""
-    if isinstance(error, OutOfMemory):
-        after = "; Ray Train starts again from the last checkpoint"
-    feed.note.remote(f"rank {dist.get_rank()} stopped ({type(error).__name__}: {last_line(error)}){after}")
-    return True
+    return False

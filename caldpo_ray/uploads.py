@@ -59,7 +59,7 @@ class Uploads:
         `scores` rank it among others. An upload that fails ends the attempt, at the latest in the next call.
         """
         self._run.require_held()
-        self._finish_checkpoint()
+        self.finish_checkpoint()
         name = f"step-{state.step:08d}"
         with writing(tempfile.gettempdir()):
             folder = Path(tempfile.mkdtemp(prefix=self._scratch))
@@ -77,7 +77,7 @@ class Uploads:
             checkpoint_upload_fn=self._upload,
         )
 
-    def _finish_checkpoint(self) -> None:
+    def finish_checkpoint(self) -> None:
         """Return when the checkpoint given last is committed."""
         started = time.monotonic()
         ray.train.get_all_reported_checkpoints(

@@ -71,6 +71,13 @@ def held_up(
     return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
 
 
+def paced(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1) -> Tensor:
+    """Cal-DPO, which takes half a second while `folder` holds a file `slow`."""
+    if (Path(folder) / "slow").exists():
+        threading.Event().wait(0.5)
+    return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses
+
+
 def poisoned(
     policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float, chosen_score: Tensor | None = None
 ) -> Tensor:

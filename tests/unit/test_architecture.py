@@ -20,6 +20,7 @@ LAYERS = [
     {
         "redaction",
         "errors",
+        "interrupts",
         "schema",
         "imports",
         "yaml_text",
@@ -78,6 +79,8 @@ LAYERS = [
         "engine",
         "faults",
         "input_stamp",
+        "leaving",
+        "regroup",
         "access",
     },
     {"data", "reference", "feed", "training", "sampling"},

@@ -94,6 +94,9 @@ def test_fewer_rows_than_workers_and_bf16_at_stage_0_are_refused(path: Path) -> 
         (["train.num_workers=65"], "train.batch_size = 64: smaller than train.num_workers = 65"),
         (["reference.revision=v2"], "reference.revision = 'v2': names a revision of another reference"),
         (["reference.num_actors=[4, 1]"], "a range is [lowest, highest]"),
+        (["train.num_workers=[2, 1]"], "train.num_workers = [2, 1]: a range is [lowest, highest]"),
+        (["train.num_workers=[1, 65]"], "train.batch_size = 64: smaller than train.num_workers = 65"),
+        (["train.num_workers=[1, 2]", "train.num_gpus_per_worker=0.5"], "needs num_workers 1: NCCL refuses"),
         (
             ["reference.num_gpus_per_actor=1.5"],
             "num_gpus_per_actor = 1.5: a fraction of one GPU (below 1) or a whole number",
@@ -118,6 +121,8 @@ def test_rules_between_options_are_told_once_and_with_every_other_mistake(
 def test_rules_between_options_refuse_no_more_than_they_name(path: Path) -> None:
     config = load_config(path, ["reference.revision=v2", "reference.name_or_path=other", "reference.num_actors=[2, 2]"])
     assert (config.reference.revision, config.reference.num_actors) == ("v2", (2, 2))
+    train = load_config(path, ["train.num_workers=[1, 64]"]).train
+    assert (train.fewest_workers, train.most_workers) == (1, 64)
     load_config(path, ["train.deepspeed.offload_param=true", "train.deepspeed.zero_stage=3"])
     load_config(path, ["model.dtype=float32", "train.deepspeed.zero_stage=0"])
     text = complaint(path, "reference.name_or_path=[1]", "reference.revision=v2", "train.num_workers=x")

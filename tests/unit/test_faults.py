@@ -10,10 +10,10 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from caldpo_ray.config import TrainSection
-from caldpo_ray.errors import OutOfMemory, RunError
+from caldpo_ray.errors import Left, OutOfMemory, RunError
 from caldpo_ray.faults import leave_out, within_memory
+from caldpo_ray.regroup import Restarts, never_started
 from caldpo_ray.run_dir import RunDir
-from caldpo_ray.trainer import Restarts, never_started
 from tests.unit.tiny_models import random_rows
 
 ROWS = random_rows((3, 2, 2), (4, 2, 2))
@@ -64,11 +64,12 @@ def failed(error: Exception) -> WorkerGroupError:
     return WorkerGroupPollStatus({1: WorkerStatus(running=False, error=wrapped)}).get_worker_group_error()
 
 
-def test_restarts_for_lack_of_memory_are_not_counted() -> None:
+def test_restarts_for_lack_of_memory_and_on_request_are_not_counted() -> None:
     restarts = Restarts(FailureConfig(max_failures=1), placement_seconds=120)
     memory, other = failed(OutOfMemory("no memory")), failed(torch.OutOfMemoryError("somewhere else"))
-    decisions = [restarts.make_decision(error).value for error in (memory, memory, other, memory, other)]
-    assert decisions == ["RETRY", "RETRY", "RETRY", "RETRY", "RAISE"]
+    left = failed(Left("after step 3"))
+    decisions = [restarts.make_decision(error).value for error in (memory, left, memory, other, left, memory, other)]
+    assert decisions == ["RETRY"] * 6 + ["RAISE"]
 
 
 def test_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,16 @@ from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.pipeline import _join_or_start
-from caldpo_ray.placement import OWN_CLUSTER, Bundle, Node, bundles, may_grow, require_placeable, unplaced
+from caldpo_ray.placement import (
+    OWN_CLUSTER,
+    Bundle,
+    Node,
+    bundles,
+    may_grow,
+    require_placeable,
+    room_for_workers,
+    unplaced,
+)
 
 CPU_NODE = Node("a", {"CPU": 2.0}, {})
 GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
@@ -110,6 +119,17 @@ def test_the_gpus_of_an_actor_are_on_one_node(tmp_path: Path, monkeypatch: pytes
         require_placeable(config, True)  # 2 + 4 GPUs for 3 workers and the actor
     monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[1:])
     assert require_placeable(config, True) is True
+
+
+def test_workers_that_come_and_go_leave_room_for_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {num_workers: [2, 8]}")
+    config = load_config(path)
+    assert len(bundles(config, True)[0]) == 2, "more of them need not be there for a run to begin"
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda but: [CPU_NODE] * (2 - len(but)))
+    assert room_for_workers(config, False, frozenset()) == 8
+    assert room_for_workers(config, True, frozenset()) == 7
+    assert room_for_workers(config, True, frozenset({"one of them"})) == 3
 
 
 def test_data_tasks_need_a_place_before_the_others_not_beside_them(

@@ -169,6 +169,11 @@ def test_without_held_out_rows_nothing_can_be_chosen(tmp_path: Path) -> None:
         plan(tmp_path, TWO, data={"train": "t.jsonl"})
 
 
+def test_a_trial_has_a_fixed_number_of_workers(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.num_workers = \[1, 2\]: trials of a sweep have a fixed number"):
+        plan(tmp_path, TWO, train={"num_workers": [1, 2]})
+
+
 NODES = [Node("a", {"CPU": 8.0, "GPU": 2.0}, {}), Node("b", {"CPU": 2.0}, {})]
 
 

@@ -1,0 +1,115 @@
+"""Who is told to leave, and what signals become; `tests/faults` has whole runs."""
+
+import asyncio
+import signal
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from ray.train import ControllerError, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    ReschedulingState,
+    RunningState,
+    SchedulingState,
+)
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from caldpo_ray.interrupts import interrupts_answered, own_signals_kept
+from caldpo_ray.leaving import Leave, Requests
+from caldpo_ray.regroup import AheadOfPreemption, Elastic
+
+MOVE, END = Leave("a node goes"), Leave("Ctrl-C", for_good=True)
+
+
+async def told(requests: Requests, attempt: int) -> Leave | None:
+    """What a group hears that has listened for a while."""
+    try:
+        return await asyncio.wait_for(requests.wanted(attempt), 0.01)
+    except TimeoutError:
+        return None
+
+
+def test_only_the_group_that_was_asked_moves_and_all_end() -> None:
+    async def scenario() -> list[Leave | None]:
+        requests = Requests()
+        listening = asyncio.create_task(requests.wanted(7))
+        heard = [await told(requests, 7)]
+        requests.ask(MOVE)
+        heard += [await listening, await told(requests, 8)]
+        requests.ask(MOVE)
+        heard += [await told(requests, 8), await told(requests, 9)]
+        requests.ask(END)
+        requests.ask(MOVE)
+        return [*heard, await told(requests, 9), await told(requests, 10)]
+
+    assert asyncio.run(scenario()) == [None, MOVE, None, MOVE, None, END, END]
+
+
+def test_sigterm_is_ctrl_c_also_after_ray_took_it() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with interrupts_answered():
+        with own_signals_kept():
+            signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's handler"))
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+
+
+def elastic(room: int, asked: list[str]) -> Elastic:
+    scaling = ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": 0.1})
+    return Elastic(scaling, lambda but: room - len(but), asked.append, placement_seconds=60.0)
+
+
+def test_how_many_workers_there_is_room_for() -> None:
+    reserved = {"a": {"CPU": 0.1 + 0.1 + 0.1}, "b": {"CPU": 0.3 - 0.2}}  # 0.30000000000000004 and 0.09999999999999998
+    policy = elastic(4, [])
+    assert policy._count_possible_workers(reserved) == 4
+    assert elastic(3, [])._count_possible_workers(reserved) == 3, "the reference needs room, too"
+    going = PreemptingState(PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]}), detected_at_s=0.0)
+    policy.after_controller_state_update(RunningState(), going)
+    assert policy._count_possible_workers(reserved) == 3, "a node that is about to go has room for none"
+
+
+def test_a_size_that_was_not_placed_is_not_tried_again_at_once() -> None:
+    policy, reserved = elastic(4, []), {"a": {"CPU": 4.0}}
+    scheduling = SchedulingState(ResizeDecision(num_workers=4, resources_per_worker={"CPU": 0.1}))
+    policy.after_controller_state_update(RunningState(), scheduling)
+    late = ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(4)))
+    policy.after_controller_state_update(scheduling, late)
+    assert policy._count_possible_workers(reserved) == 3
+    policy._most_until = 0.0  # some minutes later
+    assert policy._count_possible_workers(reserved) == 4
+
+
+def test_workers_are_asked_to_leave_a_node_once() -> None:
+    asked: list[str] = []
+    watch = AheadOfPreemption(asked.append)
+    info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0, 1], "b": [3]})
+    states = [RunningState(), RunningState(), *(PreemptingState(info, detected_at_s=0.0) for _ in range(3))]
+    for before, now in pairwise(states):
+        watch.after_controller_state_update(before, now)
+    assert asked == ["the node of ranks 0, 1, 3 is about to go, and the run goes on elsewhere"]
+
+
+def test_too_few_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = elastic(0, [])
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    monkeypatch.setattr(policy, "_get_reserved_resources", dict)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+    policy._placement_seconds = -1.0
+    with pytest.raises(WorkerGroupStartupTimeoutError, match="1 workers"):
+        policy.make_decision_for_non_running_worker_group()
+
+
+def test_a_larger_group_begins_where_the_smaller_one_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    policy = elastic(2, asked)
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": {"CPU": 4.0}})
+    now = SimpleNamespace(start_time=float("-inf"), num_workers=1)
+    decision = policy.make_decision_for_running_worker_group(now, None)
+    assert isinstance(decision, NoopDecision), "Ray Train would end the workers at once"
+    assert asked == ["the run goes on with 2 workers"]
