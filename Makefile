@@ -47,12 +47,12 @@ bench: install
 
 # `make chaos CHAOS="--kills 200 --seed 1"`
 chaos: install
-	@echo "Chaos: seeded random kills over short runs, each compared with one that nobody disturbed (200 kills: about an hour)"
+	@echo "Chaos: seeded random kills over short runs, each compared with one that nobody disturbed (200 kills: hours on a busy machine)"
 	@$(BIN)/python -m tests.chaos.kills $(CHAOS)
 
 # `make soak SOAK="--rows 100000"`
 soak: install
-	@echo "Soak: a million rows through a trivial model; memory, open files and object store must stay flat (about half an hour)"
+	@echo "Soak: a million rows through a trivial model; memory, open files and object store must stay flat"
 	@$(BIN)/python -m tests.chaos.soak $(SOAK)
 
 lint: install
