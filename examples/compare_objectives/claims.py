@@ -46,30 +46,31 @@ class Finding:
         return f"{self.claim}: {self.verdict}; {self.quantity} {np.mean(values):+.3f}{bounds} over {seeds}"
 
 
-def findings(trials: Sequence[Trial], base_reward: float) -> list[Finding]:
-    """All claims. `base_reward` is the true reward of the reference, whose KL is 0."""
+def findings(trials: Sequence[Trial], base_reward: float | None) -> list[Finding]:
+    """All claims. `base_reward` is the true reward of the reference, whose KL is 0; None where no true reward is known."""
     whole = [trial for trial in trials if trial["state"] == "completed"]
-    return [
+    found = [
         Finding(
             "At equal accuracy Cal-DPO keeps the chosen log-ratio above DPO's",
             "h_w of Cal-DPO minus the highest h_w of a DPO policy that is as accurate (nats)",
             chosen_at_equal_accuracy(whole),
-        ),
-        Finding(
-            "At equal KL the true reward of Cal-DPO is at least DPO's",
-            "true reward of Cal-DPO minus DPO's at the same KL",
-            reward_at_equal_kl(whole, base_reward),
-        ),
-        *(
+        )
+    ]
+    measures = [("held-out accuracy", ACCURACY)]
+    if base_reward is not None:
+        found.append(
             Finding(
-                f"{name} beats its base", f"{what} of {name} minus {base}'s", best_minus_best(whole, ours, rival, key)
+                "At equal KL the true reward of Cal-DPO is at least DPO's",
+                "true reward of Cal-DPO minus DPO's at the same KL",
+                reward_at_equal_kl(whole, base_reward),
             )
-            for name, ours, base, rival in (
-                ("Cal-IPO", "cal_ipo", "IPO", "ipo"),
-                ("Cal-SLiC", "cal_slic", "SLiC", "slic"),
-            )
-            for what, key in (("true reward", REWARD), ("held-out accuracy", ACCURACY))
-        ),
+        )
+        measures.insert(0, ("true reward", REWARD))
+    rivals = (("Cal-IPO", "cal_ipo", "IPO", "ipo"), ("Cal-SLiC", "cal_slic", "SLiC", "slic"))
+    return found + [
+        Finding(f"{name} beats its base", f"{what} of {name} minus {base}'s", best_minus_best(whole, ours, rival, key))
+        for name, ours, base, rival in rivals
+        for what, key in measures
     ]
 
 

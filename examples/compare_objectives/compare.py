@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from claims import KL, REWARD, findings
+from claims import REWARD
+from table import show
 
 from caldpo_ray import load_config, sweep, train
-from caldpo_ray.comparison import best_points, standard_error
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.progress import say
 from caldpo_ray.run_dir import RunDir
-from caldpo_ray.search_space import describe_point
 from caldpo_ray.storage import write_atomically
 from caldpo_ray.world import create_world
 
@@ -28,14 +27,6 @@ CONFIGS = Path(__file__).parent
 OUTPUT = Path("runs/compare_objectives")  # as in the configs
 NUM_EVAL = 2000  # a thousand rows choose, a thousand are reported
 NUM_SAMPLES = 2000
-COLUMNS = {
-    "accuracy": "report/rewards/accuracies",
-    "h_w (nats)": "report/logratios/chosen",
-    "h_l (nats)": "report/logratios/rejected",
-    "true reward": REWARD,
-    "KL (nats)": KL,
-    "grammatical": "world/grammatical",
-}
 
 
 def compare(overrides: Sequence[str]) -> None:
@@ -49,11 +40,7 @@ def compare(overrides: Sequence[str]) -> None:
     judged = dict(zip([run.path.name for run in runs], of_runs, strict=True))
     trials = [line | judged.get(line["trial"], {}) for line in lines]
     say(f"\nThe reference: true reward {of_base[REWARD]:.3f}, grammatical {of_base['world/grammatical']:.1%}\n")
-    for row in table(trials):
-        say(row)
-    say("\nClaims of the paper (mean over seeds, Student's 95 % interval)")
-    for finding in findings(trials, of_base[REWARD]):
-        say(f"- {finding.text()}")
+    show(trials, of_base[REWARD])
 
 
 def judge_all(runs: Sequence[RunDir], base: RunDir) -> list[dict[str, float]]:
@@ -84,27 +71,6 @@ def _evaluation(run: RunDir) -> dict[str, Any]:
 
 def _judged(run: RunDir) -> dict[str, float]:
     return {name: value for name, value in _evaluation(run).items() if name.startswith("world/")}
-
-
-def table(trials: Sequence[dict[str, Any]]) -> list[str]:
-    """In Markdown: every point with means and standard errors over seeds; the one that was chosen by the other half in bold."""
-    chosen = {(each.objective, each.point) for each in best_points(trials, "rewards/accuracies", smallest=False)}
-    rows = ["| objective | β | " + " | ".join(COLUMNS) + " |", "|---|---|" + "--:|" * len(COLUMNS)]
-    for objective, point in dict.fromkeys((each["objective"], each["point"]) for each in trials):
-        mine = [each for each in trials if (each["objective"], each["point"]) == (objective, point)]
-        whole = [each for each in mine if each["state"] == "completed"]
-        cells = [_mean([each[key] for each in whole]) for key in COLUMNS.values()]
-        name = describe_point(json.loads(mine[0]["parameters"])).removeprefix("beta=")
-        bold = "**" if (objective, point) in chosen else ""
-        rows.append(f"| {bold}{objective}{bold} | {bold}{name}{bold} | " + " | ".join(cells) + " |")
-    return rows
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    error = standard_error(values)
-    return f"{sum(values) / len(values):.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 if __name__ == "__main__":

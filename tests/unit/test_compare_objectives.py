@@ -17,13 +17,14 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_objectives"
 sys.path.append(str(EXAMPLE))
 
 from claims import findings  # noqa: E402
-from compare import table  # noqa: E402
+from table import table  # noqa: E402
 
 CALIBRATED, BASES = ("cal_dpo", "cal_ipo", "cal_slic"), {"dpo": 0.3, "slic": 0.3, "ipo": 0.2}
 
 
-def test_fifty_four_trials_from_one_base(tmp_path: Path) -> None:
-    config, base = load_config(EXAMPLE / "compare.yaml"), load_config(EXAMPLE / "sft.yaml")
+@pytest.mark.parametrize(("name", "of_base"), [("compare", "sft"), ("hh_harmless", "hh_harmless_sft")])
+def test_fifty_four_trials_from_one_base(name: str, of_base: str, tmp_path: Path) -> None:
+    config, base = load_config(EXAMPLE / f"{name}.yaml"), load_config(EXAMPLE / f"{of_base}.yaml")
     plan = make_plan(config, SweepDir(tmp_path))
     assert set(plan.contestants) == {*CALIBRATED, *BASES} and plan.num_trials == 54 and not plan.is_search
     assert config.model.name_or_path == f"{base.run_dir}/model" and config.reference.name_or_path is None
@@ -96,6 +97,12 @@ def test_policies_that_are_less_accurate_or_further_away_are_not_compared() -> N
     ]
     chosen, *_ = findings(inaccurate, base_reward=0.0)
     assert chosen.by_seed == {} and "no two trials can be compared" in chosen.text()
+
+
+def test_without_a_true_reward_accuracy_alone_is_compared() -> None:
+    lines = [{key: value for key, value in each.items() if not key.startswith("world/")} for each in trials(0.5)]
+    assert [finding.verdict for finding in findings(lines, None)] == ["holds"] * 3
+    assert table(lines)[0] == "| objective | β | accuracy | h_w (nats) | h_l (nats) |"
 
 
 def test_a_failed_trial_has_no_say() -> None:
