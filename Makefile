@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test hosts bench lint
+.PHONY: install quickstart test bench lint
 
 install: $(STAMP)
 
@@ -29,11 +29,6 @@ test: install
 	trap "kill $$others" INT TERM; \
 	$(BIN)/python -m pytest tests/ray; ray=$$?; \
 	wait $$others; code=$$?; cat .pytest-others.log; exit $$((ray | code))
-
-# Not part of `make test`: it needs root, for network namespaces.
-hosts: install
-	@echo "Several hosts on one machine: a run outlives one that is cut off (some minutes; skipped without root)"
-	@$(BIN)/python -m pytest tests/hosts
 
 # `make bench BENCH="--repetitions 1 --skip scaling"` hands options on.
 bench: install
