@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test faults chaos soak hosts bench lint
+.PHONY: install quickstart test faults cluster chaos soak bench lint
 
 install: $(STAMP)
 
@@ -35,10 +35,10 @@ faults: install
 	@echo "Faults: nodes of a cluster on this machine die, go and come; how long a run then stands still (about ten minutes on two cores)"
 	@$(BIN)/python -m pytest -s tests/faults $(FAULTS)
 
-# Not part of `make test`: it needs root, for network namespaces.
-hosts: install
-	@echo "Several hosts on one machine: a run outlives one that is cut off (some minutes; skipped without root)"
-	@$(BIN)/python -m pytest tests/hosts
+# Not part of `make test`, whose half hour it would not fit into.
+cluster: install
+	@echo "Cluster: jobs sent to local raylets under Ray's autoscaler, as the manifests in cluster/kuberay have them (some minutes)"
+	@$(BIN)/python -m pytest tests/cluster
 
 # `make bench BENCH="--repetitions 1 --skip scaling"` hands options on.
 bench: install

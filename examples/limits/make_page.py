@@ -44,9 +44,6 @@ What the lines say of the design:
 * The reference needs a GPU for every four of the policy, and only until the store is full; then its GPUs are free.
 * Feed and object store carry token ids: megabytes per step, where the network between policy workers carries hundreds of gigabytes.
 * ZeRO-3 gathers all weights twice per micro-batch: fewer, larger micro-batches (`train.micro_batch_tokens`) cost less network.
-
-That feed and store keep up with 512 workers was tried with processes instead of GPUs: `python -m tests.benchmarks.many_workers`;
-CONTRIBUTING has its numbers.
 """
 
 

@@ -1,0 +1,473 @@
+"""`cluster/` for real: the manifest with two groups as local raylets under Ray's own autoscaler, and jobs sent to them.
+
+Head and token come from `single-node/start.sh`, groups with their labels and logical GPUs from the RayJob, as Ray reads it. One
+run is sent to a cluster that dies as a whole, goes on at a second cluster on the same storage as a RayJob's retry would, is
+stopped there, and is sent again.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import yaml
+
+from caldpo_ray.access import look
+from caldpo_ray.errors import NotReady
+from tests.conftest import wait_until
+from tests.ray.runs import LiveRun, Run
+from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, alert_rules, build, cluster_of
+
+pytestmark = pytest.mark.ray
+JOB = "jobs/split-reference"
+SAVE_EVERY, NUM_STEPS = 6, 104  # 8 epochs of ceil(400 / 32)
+SECONDS = 180.0  # for a job
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+# -- clusters ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LocalCluster:
+    folder: Path
+    """Of its processes, which have it as home and as temporary folder, and of nothing that lasts."""
+    environment: dict[str, str]
+    url: str
+    """Of the dashboard."""
+
+    def ask(self, path: str) -> Any:
+        token = (self.folder / ".ray" / "auth_token").read_text()
+        request = urllib.request.Request(f"{self.url}{path}", headers={"X-Ray-Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def state(self, kind: str) -> list[dict[str, Any]]:
+        return list(self.ask(f"/api/v0/{kind}?limit=1000&detail=true")["data"]["result"]["result"])
+
+    def ray(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ray", *arguments], env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def submit(self, *command: str, runtime_env: Path | None = None) -> subprocess.Popen[str]:
+        """Sent with the folder of configs, as a user sends it from a laptop."""
+        how = ["--working-dir", str(self.project)] if runtime_env is None else ["--runtime-env", str(runtime_env)]
+        return self.ray("job", "submit", *how, "--", *command)
+
+    @property
+    def project(self) -> Path:
+        return self.folder / "project"
+
+    @property
+    def session(self) -> Path:
+        return self.folder / "ray" / "session_latest"
+
+    def roles(self) -> dict[str, str | None]:
+        return {each["node_id"]: each["labels"].get("caldpo.io/role") for each in self.state("nodes")}
+
+    def places(self) -> dict[str, set[str | None]]:
+        """{class of actors: roles of the nodes on which they live or lived}."""
+        roles, found = self.roles(), dict[str, set[str | None]]()
+        for actor in self.state("actors"):
+            if actor["node_id"] in roles:  # else it was never placed
+                found.setdefault(actor["class_name"], set()).add(roles[actor["node_id"]])
+        return found
+
+    def metrics(self) -> dict[str, set[str]]:
+        """{name of a series: its label sets} on all metrics ports that Prometheus would find."""
+        found: dict[str, set[str]] = {}
+        for target in json.loads(self.discovery.read_text())[0]["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+                for name, labels in re.findall(r"^(\w+)\{(.*)\} ", answer.read().decode(), re.M):
+                    found.setdefault(name, set()).add(labels)
+        return found
+
+    @property
+    def discovery(self) -> Path:
+        return self.session / "prom_metrics_service_discovery.json"
+
+    def events(self) -> list[dict[str, Any]]:
+        """What policy workers logged as JSON lines."""
+        lines = [
+            line for file in (self.session / "logs").glob("worker-*.out") for line in file.read_text().splitlines()
+        ]
+        return [json.loads(line) for line in lines if line.startswith('{"time"')]
+
+    def die(self) -> None:
+        """All at once, as when the node of the head is lost; also the clients that wait for their jobs."""
+        for each in psutil.process_iter(["environ"]):
+            if (each.info["environ"] or {}).get("RAY_TMPDIR") == str(self.folder):
+                each.kill()
+
+
+def autoscaling_config(folder: Path, gcs_port: int) -> Path:
+    """What KubeRay's autoscaler works from, but with raylets on this machine where pods would be."""
+    from ray.autoscaler._private.fake_multi_node import node_provider
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    spec = cluster_of(build(JOB, ("pvc",)))
+    manifest = {"kind": "RayCluster", "metadata": {"name": "x", "namespace": "x"}, "spec": spec}
+    config = _derive_autoscaling_config_from_ray_cr(manifest)
+    types = config["available_node_types"]
+    types[node_provider.FAKE_HEAD_NODE_TYPE] = types.pop(config["head_node_type"])
+    for each in types.values():
+        each["resources"].pop("memory", None)  # of the real node
+        each["resources"]["object_store_memory"] = 100_000_000
+    config["head_node_type"] = node_provider.FAKE_HEAD_NODE_TYPE
+    config["provider"] |= {
+        "type": "external",
+        "module": "tests.cluster.raylets.RayletProvider",
+        "head_node_id": node_provider.FAKE_HEAD_NODE_ID,
+        "launch_multiple": True,
+        "gcs_address": f"{ray.util.get_node_ip_address()}:{gcs_port}",
+    }
+    path = folder / "autoscaling.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environments(folder: Path, ports: list[int]) -> tuple[dict[str, str], dict[str, str]]:
+    """(of everything that is started here, what the cluster has besides)."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+    gcs, dashboard, metrics = ports
+    common = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(folder),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_TMPDIR": str(folder),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_AUTH_MODE": "token",
+    }
+    return common, {
+        "RAY_GCS_PORT": str(gcs), "RAY_DASHBOARD_PORT": str(dashboard), "RAY_METRICS_PORT": str(metrics),
+        "RAY_metrics_report_interval_ms": "500", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_FAKE_CLUSTER": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+    }  # fmt: skip
+
+
+@contextmanager
+def local_cluster() -> Iterator[LocalCluster]:
+    folder = Path(tempfile.mkdtemp(prefix="k"))  # short: sockets lie in it
+    ports = [free_port() for _ in range(3)]
+    common, of_the_cluster = environments(folder, ports)
+    shutil.copytree(KUBERAY / JOB, folder / "project")
+    shutil.copy(KUBERAY / "jobs/sweep/config.yaml", folder / "project" / "sweep.yaml")
+    config = autoscaling_config(folder, ports[0])
+    options = ["--num-cpus=0", f"--autoscaling-config={config}", f"--dashboard-agent-listen-port={free_port()}"]
+    with (folder / "start.log").open("w") as log:
+        command = [str(CLUSTER / "single-node" / "start.sh"), *options]
+        process = subprocess.Popen(command, env=common | of_the_cluster, stdout=log, stderr=log)
+    found = LocalCluster(folder, common, f"http://127.0.0.1:{ports[1]}")
+
+    def policy_is_there() -> bool:
+        assert process.poll() is None, (folder / "start.log").read_text()
+        try:
+            return set(found.roles().values()) >= {None, "policy"}
+        except (OSError, KeyError, ValueError):
+            return False
+
+    try:
+        wait_until(policy_is_there, "head and policy node")
+        yield found
+    finally:
+        found.die()  # also the raylets that the autoscaler started, which outlive it
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# -- the run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both clusters see."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def small(storage: Path, world: Path) -> tuple[str, ...]:
+    """Overrides that make the jobs' configs small, but for what decides where things run."""
+    return (
+        f"run.output_dir={storage}/runs", f"model.name_or_path={world}/model", "model.dtype=float32",
+        f"data.train={world}/train.jsonl", f"data.eval={world}/eval.jsonl", "train.num_threads_per_worker=1",
+        "train.batch_size=32", "train.learning_rate=3e-4", "train.placement_timeout_seconds=90",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(small: tuple[str, ...]) -> list[str]:
+    settings = [
+        "run.name=split", "model.gradient_checkpointing=false", "train.num_workers=2", "train.epochs=8",
+        f"train.save_every={SAVE_EVERY}", "train.deepspeed.zero_stage=1",
+    ]  # fmt: skip
+    return ["caldpo", "train", "config.yaml", *small, *settings]
+
+
+@dataclass
+class Seen:
+    """Of the first cluster, while the run went on there."""
+
+    places: dict[str, set[str | None]]
+    roles: set[str | None]
+    metrics: dict[str, set[str]]
+    events: list[dict[str, Any]]
+    printed: dict[str, tuple[int, str]]
+    """{job: (exit code of `ray job submit`, what it printed)} of those that end with an error."""
+    access: dict[str, str]
+    """What `caldpo cluster check` said."""
+    prometheus: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def first(storage: Path, command: list[str]) -> Seen:
+    """The run up to a checkpoint on a cluster that then dies, and beside it two jobs that cannot work."""
+    live_path = storage / "runs" / "split"
+    with local_cluster() as cluster, prometheus(cluster) as server:
+        live = LiveRun(live_path, cluster.submit(*command))
+        nowhere = ["run.name=nowhere", "train.label_selector={caldpo.io/role: nowhere}"]
+        wrong = {
+            "nowhere": cluster.submit(*command, *nowhere, "train.placement_timeout_seconds=2"),
+            "relative": cluster.submit("caldpo", "train", "config.yaml"),
+        }
+        access = looked_at(cluster)
+        printed = {name: ended(process) for name, process in wrong.items()}
+        live.wait_for_checkpoint(SAVE_EVERY)
+        newest = "ray_caldpo_wait_checkpoint_seconds_total"  # there from the line after the checkpoint on
+        wait_until(lambda: newest in cluster.metrics(), "metrics on a metrics port")
+        answers = {} if server is None else server.answers(newest)
+        seen = Seen(
+            cluster.places(),
+            set(cluster.roles().values()),
+            cluster.metrics(),
+            cluster.events(),
+            printed,
+            access,
+            answers,
+        )
+        assert live.process.poll() is None, live.process.communicate()[0]
+        cluster.die()
+        live.process.communicate(timeout=60)
+        return seen
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    printed = process.communicate(timeout=SECONDS)[0]
+    return process.returncode, printed
+
+
+def looked_at(cluster: LocalCluster) -> dict[str, str]:
+    """The cluster as `caldpo cluster check` sees it, with its token, with another one, and with none."""
+
+    def told() -> str:
+        try:
+            return "\n".join(look(cluster.url))
+        except NotReady as error:
+            return str(error)
+
+    token, found = (cluster.folder / ".ray" / "auth_token").read_text(), {}
+    for name, variables in (
+        ("right", {"RAY_AUTH_TOKEN": token}),
+        ("wrong", {"RAY_AUTH_TOKEN": "a" * 40}),
+        ("none", {}),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+                patch.delenv(variable, raising=False)
+            patch.setenv("HOME", "/nowhere")
+            for variable, value in {"RAY_AUTH_MODE": "token", **variables}.items():
+                patch.setenv(variable, value)
+            found[name] = told()
+    return found
+
+
+@pytest.fixture(scope="module")
+def second(first: Seen) -> Iterator[LocalCluster]:
+    with local_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def finished(first: Seen, second: LocalCluster, storage: Path, command: list[str]) -> tuple[Run, str, str]:
+    """(the run, log of the second submission, output of the third): by a YAML file and stopped, and once more."""
+    before = json.loads((storage / "runs" / "split" / "status.json").read_text())
+    assert before["state"] == "running", "nobody could write that it ended"
+    runtime_env = second.folder / "env.yaml"
+    runtime_env.write_text(yaml.safe_dump({"working_dir": str(second.project), "env_vars": {"HF_HUB_OFFLINE": "1"}}))
+    live = LiveRun(storage / "runs" / "split", second.submit(*command, runtime_env=runtime_env))
+    live.wait_for_checkpoint(live.newest_checkpoint() + SAVE_EVERY)
+    (job,) = [each["submission_id"] for each in second.state("jobs") if each["status"] == "RUNNING"]
+    stop = second.ray("job", "stop", job)
+    assert stop.wait(120) == 0, stop.communicate()[0]
+    live.process.communicate(timeout=60)  # the client may leave before the last lines
+    stopped = second.ask(f"/api/jobs/{job}/logs")["logs"]
+    assert json.loads((live.path / "status.json").read_text())["state"] == "interrupted", stopped
+    live = LiveRun(live.path, second.submit(*command))
+    return live, stopped, live.finish(seconds=SECONDS)
+
+
+# -- Prometheus ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prometheus:
+    url: str
+
+    def ask(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}", timeout=30) as answer:
+            return json.load(answer)["data"]
+
+    def series(self, query: str) -> list[dict[str, Any]]:
+        return list(self.ask(f"query?{urllib.parse.urlencode({'query': query})}")["result"])
+
+    def answers(self, newest: str) -> dict[str, Any]:
+        """Once it has scraped `newest` and judged all rules."""
+        wait_until(lambda: self.series(newest), f"Prometheus to have {newest}", 60)
+
+        def judged() -> list[dict[str, Any]]:
+            groups = self.ask("rules")["groups"]
+            rules = [rule for group in groups for rule in group["rules"]]
+            return rules if all(rule["health"] != "unknown" for rule in rules) else []
+
+        return {
+            "rules": wait_until(judged, "Prometheus to judge the rules", 60),
+            "step": self.series("ray_caldpo_step"),
+            "names": self.ask("label/__name__/values"),
+        }
+
+
+@contextmanager
+def prometheus(cluster: LocalCluster) -> Iterator[Prometheus | None]:
+    """A server that finds the metrics ports as Ray lists them, with our rules; None where it is not installed."""
+    if shutil.which("prometheus") is None:
+        yield None
+        return
+    folder, port = cluster.folder / "prometheus", free_port()
+    folder.mkdir()
+    (folder / "rules.yaml").write_text(yaml.safe_dump(alert_rules()))
+    ports = [{"files": [str(cluster.discovery)], "refresh_interval": "1s"}]
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(folder / "rules.yaml")],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": ports}],
+    }
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    options = {"config.file": folder / "prometheus.yaml", "storage.tsdb.path": folder / "data"}
+    command = ["prometheus", *(f"--{name}={path}" for name, path in options.items())]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
+    try:
+        yield Prometheus(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+# -- what must hold ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_group_grows_from_zero_and_each_role_is_where_its_label_says(first: Seen) -> None:
+    assert first.places["RayTrainWorker"] == {"policy"} and first.places["Feed"] == {None}
+    (scorer,) = [name for name in first.places if "ReferenceScorer" in name]
+    assert first.places[scorer] == {"reference"}
+    assert first.roles == {None, "policy", "reference"}, "a head, and nodes of both groups"
+
+
+def test_a_label_that_no_node_has_is_told_within_the_deadline(first: Seen, storage: Path) -> None:
+    """Submit itself ends with 1; our code is in the last line and in `status.json`."""
+    code, printed = first.printed["nowhere"]
+    assert code == 1 and "caldpo: exit code 2" in printed
+    status = json.loads((storage / "runs" / "nowhere" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 2)
+    assert (
+        "a policy worker (2 wanted) needs 2 CPU, 1 GPU on a node labelled {'caldpo.io/role': 'nowhere'}"
+        in status["reason"]
+    )
+    assert "16 CPU, 4 GPU, labels {'caldpo.io/role': 'policy'}" in status["reason"], "what there is"
+
+
+def test_a_folder_that_would_go_with_the_job_is_refused(first: Seen) -> None:
+    code, printed = first.printed["relative"]
+    assert code == 1
+    refused = r"run\.output_dir runs: relative to the packaged working directory.*\n.*exit code 2"
+    assert re.search(refused, printed), printed
+
+
+def test_who_has_no_token_or_a_wrong_one_is_told(first: Seen) -> None:
+    assert "labels {'caldpo.io/role': 'policy'}" in first.access["right"], "the nodes"
+    assert "refuses the token of RAY_AUTH_TOKEN" in first.access["wrong"]
+    assert "asks for a token and got none" in first.access["none"]
+
+
+def test_rules_and_dashboard_are_about_metrics_that_exist(first: Seen) -> None:
+    texts = [(CLUSTER / "monitoring" / name).read_text() for name in ("rules.yaml", "dashboard.json")]
+    wanted = {name for text in texts for name in re.findall(r"ray_caldpo_\w+", text)}
+    absent = wanted - first.metrics.keys()
+    waits = {f"ray_caldpo_wait_{what}_seconds_total" for what in ("feed", "reference")}  # where nothing waited
+    assert absent <= {"ray_caldpo_mfu", *waits}, absent
+    seen = first.metrics["ray_caldpo_logratios_chosen"]
+    assert any('run="split"' in labels and 'split="train"' in labels for labels in seen), seen
+
+
+def test_prometheus_scrapes_them_and_judges_the_rules(first: Seen) -> None:
+    if not first.prometheus:
+        pytest.skip("prometheus is not installed")
+    assert {rule["health"] for rule in first.prometheus["rules"]} == {"ok"}
+    assert "firing" not in {rule["state"] for rule in first.prometheus["rules"]}, "the run goes well"
+    (step,) = [each for each in first.prometheus["step"] if each["metric"]["split"] == "train"]
+    assert step["metric"]["run"] == "split" and float(step["value"][1]) >= SAVE_EVERY
+    assert "ray_caldpo_reference_scored" in first.prometheus["names"]
+
+
+def test_workers_log_what_they_do_with_run_rank_and_step(first: Seen) -> None:
+    of_the_run = [event for event in first.events if event["run"] == "split"]
+    assert {event["rank"] for event in of_the_run} == {0, 1} and {event["trial"] for event in of_the_run} == {None}
+    started = [event for event in of_the_run if event["event"] == "training"]
+    assert [(event["step"], event["world_size"], event["num_steps"]) for event in started] == [(0, 2, NUM_STEPS)] * 2
+    assert {event["rank"] for event in of_the_run if event["event"] == "checkpoint"} == {0, 1}
+    assert [event["step"] for event in of_the_run if event["event"] == "train"][:3] == [1, 2, 3], "rank 0 alone"
+
+
+def test_a_run_goes_on_at_a_second_cluster_and_after_a_stop(finished: tuple[Run, str, str]) -> None:
+    run, stopped, printed = finished
+    steps = [line["step"] for line in run.lines() if line["split"] == "train"]
+    assert steps == list(range(1, NUM_STEPS + 1)), "each once"
+    assert "interrupted; the same command resumes the run\ncaldpo: exit code 130" in stopped
+    assert "done: model in" in printed and (run.path / "model" / "config.json").exists()
+
+
+def test_a_sweep_is_sent_like_a_run(
+    finished: tuple[Run, str, str], second: LocalCluster, storage: Path, small: tuple[str, ...]
+) -> None:
+    settings = [
+        "run.name=sweep", "train.max_steps=4", "train.save_every=4", "train.eval_every=4", "sweep.objectives=[dpo]",
+        "sweep.space={dpo: {beta: [0.1]}}", "sweep.seeds=1",
+    ]  # fmt: skip
+    job = second.submit("caldpo", "sweep", "sweep.yaml", *small, *settings)
+    printed = job.communicate(timeout=SECONDS)[0]
+    assert job.returncode == 0, printed
+    assert re.search(r"reference: (\d+) rows, \1 of them known", printed), "by the run before"
+    results = json.loads((storage / "runs" / "sweep" / "sweep.json").read_text())
+    assert results["objectives"]["dpo"]["completed"] == 1, results
+    trials = {event["trial"] for event in second.events() if event["run"] == "sweep"}
+    assert len(trials) == 1 and None not in trials
