@@ -129,7 +129,7 @@ def differences(best: Sequence[Standing], metric: str, baseline: str = BASELINE)
         if not shared:
             continue
         gaps = [each.reported[seed] - base.reported[seed] for seed in shared]
-        mean, interval = float(np.mean(gaps)), t_interval(gaps)
+        mean, interval = round(float(np.mean(gaps)), 12) + 0.0, t_interval(gaps)  # equal means leave 1e-17, and a sign
         text = describe_difference(each.objective, baseline, metric, mean, interval, len(shared))
         found.append({"objective": each.objective, "mean": mean, "interval": interval, "text": text})
     return found

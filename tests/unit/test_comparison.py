@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from caldpo_ray.comparison import (
+    Standing,
     best_points,
     bootstrap_interval,
     differences,
@@ -98,3 +99,10 @@ def test_nothing_to_compare() -> None:
     assert "no trial" in verdict([], M) and differences([], M) == []
     alone = best_points(lines_of({("ipo", "a"): [(0.5, 0.5)]}), M, smallest=False)
     assert differences(alone, M) == [] and "ipo at beta=a is best" in verdict(alone, M)
+
+
+def test_equal_means_differ_by_nothing() -> None:
+    values = {"dpo": (0.1, 0.2, 0.3), "ipo": (0.3, 0.1, 0.2)}
+    best = [Standing(name, "a", "{}", {0: 0.2}, dict(enumerate(reported))) for name, reported in values.items()]
+    (found,) = differences(best, M)
+    assert found["mean"] == 0 and f"{M}: +0 [" in found["text"] and "within noise" in found["text"]
