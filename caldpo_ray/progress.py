@@ -144,7 +144,8 @@ class Watcher:
         reference = progress.reference
         self._published.show({"worker_group_starts": progress.num_starts})
         if reference:
-            self._published.show({f"reference/{name}": value for name, value in vars(reference).items()})
+            numbers = {name: value for name, value in vars(reference).items() if isinstance(value, int | float)}
+            self._published.show({f"reference/{name}": value for name, value in numbers.items()})
         if (
             reference
             and reference.scored
