@@ -1,4 +1,4 @@
-"""What a node answers when it is asked whether it is like the driver's; `tests/hosts` asks nodes that are not."""
+"""What a node answers when it is asked whether it is like the driver's."""
 
 from importlib.metadata import version
 from pathlib import Path
