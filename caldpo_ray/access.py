@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import urllib.error
 import urllib.request
 from importlib.metadata import version
@@ -16,6 +17,23 @@ SECONDS = 10.0  # for an answer
 GIVE_TOKEN = (
     "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them (cluster/README.md)"
 )
+
+
+def lost_cluster() -> str | None:
+    """The address of a cluster that `ray start` made on this machine and that is gone, where Ray would join it.
+
+    A head that was killed leaves its address behind, and Ray tries it in silence for a quarter of an hour.
+    """
+    record = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if os.environ.get("RAY_ADDRESS") or not record.is_file():
+        return None
+    address = record.read_text().strip()
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), SECONDS).close()
+    except (OSError, ValueError):
+        return address
+    return None
 
 
 def refusal(error: Exception, where: str) -> str:

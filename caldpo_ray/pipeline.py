@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.access import refusal
+from caldpo_ray.access import lost_cluster, refusal
 from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
@@ -225,6 +225,10 @@ def _join_or_start(start: Callable[..., Any]) -> None:
     """A cluster of our own has a label that says so; Ray refuses labels for one that `ray start` made, and then joins it."""
     if os.environ.get("RAY_ADDRESS"):
         start()
+        return
+    if (gone := lost_cluster()) is not None:
+        say(f"Ray: the cluster at {gone} that `ray start` made is gone; starting one for this command")
+        start(address="local", labels=OWN_CLUSTER)
         return
     try:
         start(labels=OWN_CLUSTER)

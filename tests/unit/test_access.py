@@ -1,6 +1,7 @@
 """What keeps a process from a cluster is told in one message that names it, and what to do."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from caldpo_ray.access import look, refusal
+from caldpo_ray.access import look, lost_cluster, refusal
 from caldpo_ray.cli import main
 from caldpo_ray.errors import NotReady
 
@@ -132,3 +133,17 @@ def test_what_ray_says_to_a_driver_is_told_in_one_line() -> None:
         wrong, "auto"
     )
     assert "check RAY_ADDRESS" in refusal(ConnectionError("Could not find any running Ray instance"), "auto")
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert lost_cluster() is None, "no cluster was ever made"
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert lost_cluster() is None
+    assert lost_cluster() == address
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert lost_cluster() is None, "who names a cluster means it"
