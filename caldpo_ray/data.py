@@ -14,9 +14,9 @@ import traceback
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def build_rows(
     folder = root / cache_key(files, data, tokenizer, min_responses)
     reused = (folder / "manifest.json").exists()
     if not reused:
-        _write_cache(files, data, model, folder, min_responses, wait_seconds)
+        _write_cache(folder, partial(_execute, files, data, model, min_responses, wait_seconds))
     manifest = read_manifest(folder)
     facts = RowCacheFacts(
         folder, manifest["num_rows"], manifest["num_bad"], manifest["num_truncated"], manifest["reasons"], reused
@@ -117,14 +117,7 @@ def read_quarantine(folder: Path) -> str:
     return (folder / "quarantine.jsonl").read_text()
 
 
-def _write_cache(
-    files: list[SourceFile],
-    data: DataSection,
-    model: ModelSection,
-    folder: Path,
-    min_responses: int,
-    wait_seconds: float,
-) -> None:
+def _write_cache(folder: Path, execute: Callable[[Path], Iterator[dict[str, Any]]]) -> None:
     """Run the stage into a scratch folder, then publish it whole.
 
     On object storage, which cannot rename, parts go where they stay and the manifest makes them count. What a run that stopped
@@ -137,7 +130,7 @@ def _write_cache(
         reasons: Counter[str] = Counter()
         truncated = 0
         with (scratch / "quarantine.jsonl").open("w") as quarantine:
-            for result in _execute(files, data, model, scratch, min_responses, wait_seconds):
+            for result in execute(scratch):
                 if result["part"]:
                     parts.append(Part(**result["part"]))
                 truncated += result["num_truncated"]
@@ -168,9 +161,9 @@ def _execute(
     files: list[SourceFile],
     data: DataSection,
     model: ModelSection,
-    folder: Path,
     min_responses: int,
     wait_seconds: float,
+    folder: Path,
 ) -> Iterator[dict[str, Any]]:
     """One Ray Data execution: files in, parts on disk, one small report per part out."""
     import ray.data

@@ -167,6 +167,8 @@ def test_what_a_checkpoint_costs(world: Path, large: Path, nodes: Nodes, tmp_pat
     run = train(write_config(tmp_path, world, model={"name_or_path": str(large)}, train=section), "large")
     size = sum(weight.size for weight in run.weights().values())
     after = [line for line in run.lines() if line["step"] > 1 and line["step"] % 5 == 1]  # a checkpoint
+    assert len(after) == (run.lines()[-1]["step"] - 1) // 5, "no checkpoint is left out"
+    assert all(line["wait/checkpoint_seconds"] > 0 for line in after), "a wait that is not counted costs nothing"
     stall = sum(line["wait/checkpoint_seconds"] for line in after) / len(after)
     step = sum(line["wall_seconds"] for line in run.lines()) / len(run.lines())
     share = stall / (50 * step + stall)
