@@ -15,6 +15,7 @@ from tests.ray.runs import Run, start, write_config
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.long
 def test_a_run_survives_full_memory_and_a_rank_that_hangs(
     baseline_config: Path, baseline: RunDir, tmp_path: Path
 ) -> None:
