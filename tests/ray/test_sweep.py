@@ -174,6 +174,7 @@ def test_trials_that_fail_or_stop_do_not_end_the_sweep(
     assert not [actor for actor in live_actors() if actor["ActorClassName"] in ("Feed", "SweepTrial", "RayTrainWorker")]
 
 
+@pytest.mark.long
 def test_asha_stops_trials_and_the_best_are_repeated(world: Path, tmp_path: Path, cluster: str) -> None:
     sweep = {
         "objectives": [{"name": "dpo", "beta": 0.5}],
