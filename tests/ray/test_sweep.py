@@ -135,6 +135,7 @@ def test_a_directory_of_another_sweep_is_refused(home: Path) -> None:
         caldpo_ray.sweep(home / "sweep.yaml", ["train.batch_size=16"])
 
 
+@pytest.mark.long
 def test_a_metric_that_no_trial_reports(home: Path) -> None:
     """Told by the first trial; the rows and the reference are those of the other sweep."""
     with pytest.raises(InputError, match=r"rewards/accuracy: not among the evaluation metrics: .*rewards/accuracies"):
