@@ -16,6 +16,7 @@ pytestmark = pytest.mark.ray
 BY_THE_CLOCK = "train.save_minutes=0.005"  # after nearly every step
 
 
+@pytest.mark.long
 def test_a_run_survives_full_memory_and_a_rank_that_hangs(
     baseline_config: Path, baseline: RunDir, tmp_path: Path
 ) -> None:
