@@ -1,0 +1,215 @@
+"""Several hosts on one machine: network namespaces with an address each, joined by a bridge, and a raylet in each.
+
+Nothing of this machine's own network is touched: bridge and cables lie in namespaces, too. Needs root and `ip` (Debian: iproute2),
+and is skipped elsewhere. `make hosts`, some minutes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.ray.runs import LiveRun, write_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+REPOSITORY = Path(__file__).parents[2]
+TOKEN = "0123456789abcdef" * 4
+HEAD = "10.77.0.1"
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@dataclass
+class Network:
+    """Hosts by their number, which is the end of their address; the first one is the head."""
+
+    prefix: str
+    folder: Path
+    """Of Ray's sessions, on all hosts alike."""
+    hosts: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def switch(self) -> str:
+        return f"{self.prefix}-sw"
+
+    def name(self, number: int) -> str:
+        return f"{self.prefix}-{number}"
+
+    def build(self) -> None:
+        ip("netns", "add", self.switch)
+        ip("-n", self.switch, "link", "add", "br0", "type", "bridge")
+        ip("-n", self.switch, "link", "set", "br0", "up")
+
+    def plug_in(self, number: int) -> None:
+        name, port = self.name(number), f"port{number}"
+        ip("netns", "add", name)
+        ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", self.switch)
+        ip("-n", self.switch, "link", "set", port, "master", "br0", "up")
+        ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", name, "link", "set", device, "up")
+        ip(
+            "-n", name, "route", "add", "default", "dev", "eth0"
+        )  # Ray asks which address would be used; there is no way out
+
+    def cut_off(self, number: int) -> None:
+        """Nothing is closed or told: packets are lost, as when a cable is pulled."""
+        ip("-n", self.switch, "link", "set", f"port{number}", "down")
+
+    def environment(self) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return (
+            inherited
+            | {
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "PYTHONPATH": str(REPOSITORY),
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": TOKEN,
+                "RAY_ADDRESS": f"{HEAD}:6379",
+                "RAY_health_check_initial_delay_ms": "1000",
+                "RAY_health_check_period_ms": "1000",
+                "RAY_health_check_timeout_ms": "2000",
+                "GLOO_SOCKET_IFNAME": "eth0",  # by itself gloo asks for the address of the host's name, which all hosts share
+            }
+        )
+
+    def start(self, number: int, *options: str, hidden: Path | None = None) -> None:
+        """A host with its raylet. `hidden` is a folder of this machine that is empty on that host."""
+        self.plug_in(number)
+        role = (
+            ["--head", "--port=6379", f"--temp-dir={self.folder}", "--include-dashboard=false"] if number == 1 else []
+        )
+        role = role or [f"--address={HEAD}:6379"]
+        command = [
+            "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address=10.77.0.{number}", "--num-gpus=0",
+            "--object-store-memory=100000000", *role, *options,
+        ]  # fmt: skip
+        if hidden is not None:  # `ip netns exec` has mounts of its own, which end with it
+            command = ["sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh", *command]
+        environment = self.environment()
+        del environment["RAY_ADDRESS"]
+        with (self.folder / f"host-{number}.log").open("w") as log:
+            self.hosts[number] = subprocess.Popen(
+                ["ip", "netns", "exec", self.name(number), *command], env=environment, stdout=log, stderr=log
+            )
+
+    def on_head(self, *command: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.name(1), *command],
+            env=self.environment(), cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def wait_for_nodes(self, count: int) -> None:
+        code = "import ray; ray.init(log_to_driver=False, logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+
+        def there() -> bool:
+            process = self.on_head(sys.executable, "-c", code)
+            return process.communicate(timeout=60)[0].strip().endswith(str(count))
+
+        wait_until(there, f"{count} nodes", 120)
+
+    def tear_down(self) -> None:
+        for name in [self.switch, *map(self.name, self.hosts)]:
+            with suppress(subprocess.CalledProcessError):
+                for pid in map(int, ip("netns", "pids", name).split()):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                ip("netns", "del", name)
+        for process in self.hosts.values():
+            process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    """A head without CPUs, two hosts for the policy with room for one worker each, one for the reference."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and `ip` (iproute2)")
+    found = Network(f"cal{os.getpid()}", Path(tempfile.mkdtemp(prefix="h")))
+    try:
+        try:
+            found.build()
+            found.start(1, "--num-cpus=0")
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        wait_until(lambda: "Ray runtime started" in (found.folder / "host-1.log").read_text(), "the head", 60)
+        for number, role in ((2, "policy"), (3, "policy"), (4, "reference")):
+            found.start(number, "--num-cpus=1", "--labels", f"caldpo.io/role={role}")
+        found.wait_for_nodes(4)
+        yield found
+    finally:
+        found.tear_down()
+        shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def test_a_run_outlives_a_host_that_is_cut_off(network: Network, world: Path, tmp_path: Path) -> None:
+    """Policy on two hosts, reference on a third; the second is cut off in mid-run, and a new host takes its place."""
+    policy, reference = ({"label_selector": {"caldpo.io/role": role}} for role in ("policy", "reference"))
+    config = write_config(
+        tmp_path, world, data=policy, reference={**reference, "num_cpus_per_actor": 1},
+        train={
+            **policy, "num_cpus_per_worker": 1, "epochs": 8, "save_every": 8, "max_failures": 3,
+            "placement_timeout_seconds": 120,
+        },
+    )  # fmt: skip
+    live = LiveRun(tmp_path / "runs" / "hosts", network.on_head(
+        sys.executable, "-m", "caldpo_ray", "train", str(config), "run.name=hosts"
+    ))  # fmt: skip
+    live.wait_for_checkpoint(8)
+    network.cut_off(3)
+    network.start(5, "--num-cpus=1", "--labels", "caldpo.io/role=policy")
+    printed = live.finish(seconds=300)
+    steps = [line["step"] for line in live.lines() if line["split"] == "train"]
+    assert steps == list(range(1, 8 * 13 + 1)), "each once"
+    for address in ("10.77.0.2", "10.77.0.3"):
+        assert f"1 policy worker on {address}" in printed, printed
+    places = {place["node"]: place["role"] for place in json.loads((live.path / "manifest.json").read_text())["places"]}
+    assert places["10.77.0.5"] == "policy worker" and places.get("10.77.0.4") == "reference actor", places
+
+
+CHECK = """
+import sys
+from pathlib import Path
+import ray
+from caldpo_ray.errors import NotReady
+from caldpo_ray.node_check import require_shared
+from caldpo_ray.placement import live_nodes
+ray.init(log_to_driver=False, logging_level="ERROR")
+for role in ("reference", "apart", "bare"):
+    try:
+        require_shared(Path(sys.argv[1]), [n for n in live_nodes() if n.labels.get("caldpo.io/role") == role])
+        print(role, "OK")
+    except NotReady as error:
+        print(role, error)
+"""
+
+
+def test_a_host_with_other_storage_or_without_the_package_is_named(network: Network, tmp_path: Path) -> None:
+    network.start(6, "--num-cpus=1", "--labels", "caldpo.io/role=apart", hidden=tmp_path)
+    network.start(7, "--num-cpus=1", "--labels", "caldpo.io/role=bare", hidden=REPOSITORY / "caldpo_ray")
+
+    def found() -> dict[str, str]:
+        printed = network.on_head(sys.executable, "-c", CHECK, str(tmp_path)).communicate(timeout=200)[0]
+        lines = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
+        return (
+            lines if lines.get("apart") != "OK" and lines.get("bare") != "OK" else {}
+        )  # not there yet: nobody is asked
+
+    told = wait_until(found, "both hosts", 120)
+    assert told["reference"] == "OK"
+    assert told["apart"].startswith("node 10.77.0.6, labels {'caldpo.io/role': 'apart'}: run.output_dir"), told
+    assert "is another folder there than for the driver" in told["apart"]
+    assert told["bare"].startswith("node 10.77.0.7") and "cannot run caldpo_ray" in told["bare"], told
+    assert "No module named 'caldpo_ray" in told["bare"] and "the same image" in told["bare"]
+    assert not list(tmp_path.iterdir()), "nothing is left"
