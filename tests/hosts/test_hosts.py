@@ -24,7 +24,7 @@ from tests.ray.runs import LiveRun, write_config
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef" * 4
-HEAD = "10.77.0.1"
+HEAD, PORT = "10.77.0.1", 6379
 
 
 def ip(*arguments: str) -> str:
@@ -37,7 +37,7 @@ class Network:
 
     prefix: str
     folder: Path
-    """Of Ray's sessions, on all hosts alike."""
+    """In it Ray's sessions, a folder per host, and what `ray start` printed."""
     hosts: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -60,9 +60,8 @@ class Network:
         ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             ip("-n", name, "link", "set", device, "up")
-        ip(
-            "-n", name, "route", "add", "default", "dev", "eth0"
-        )  # Ray asks which address would be used; there is no way out
+        # There is no way out; but Ray asks for the address that would be taken.
+        ip("-n", name, "route", "add", "default", "dev", "eth0")
 
     def cut_off(self, number: int) -> None:
         """Nothing is closed or told: packets are lost, as when a cable is pulled."""
@@ -70,63 +69,69 @@ class Network:
 
     def environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        return (
-            inherited
-            | {
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                "PYTHONPATH": str(REPOSITORY),
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": TOKEN,
-                "RAY_ADDRESS": f"{HEAD}:6379",
-                "RAY_health_check_initial_delay_ms": "1000",
-                "RAY_health_check_period_ms": "1000",
-                "RAY_health_check_timeout_ms": "2000",
-                "GLOO_SOCKET_IFNAME": "eth0",  # by itself gloo asks for the address of the host's name, which all hosts share
-            }
-        )
+        return {
+            **inherited,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(REPOSITORY),
+            "RAY_TMPDIR": str(self.folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": TOKEN,
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "GLOO_SOCKET_IFNAME": "eth0",  # by itself gloo asks for the address of the host's name, which all hosts share
+        }
 
     def start(self, number: int, *options: str, hidden: Path | None = None) -> None:
         """A host with its raylet. `hidden` is a folder of this machine that is empty on that host."""
         self.plug_in(number)
         role = (
-            ["--head", "--port=6379", f"--temp-dir={self.folder}", "--include-dashboard=false"] if number == 1 else []
+            ["--head", f"--port={PORT}", "--include-dashboard=false"] if number == 1 else [f"--address={HEAD}:{PORT}"]
         )
-        role = role or [f"--address={HEAD}:6379"]
         command = [
             "ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address=10.77.0.{number}", "--num-gpus=0",
             "--object-store-memory=100000000", *role, *options,
         ]  # fmt: skip
-        if hidden is not None:  # `ip netns exec` has mounts of its own, which end with it
-            command = ["sh", "-c", f'mount -t tmpfs none {hidden} && exec "$@"', "sh", *command]
-        environment = self.environment()
-        del environment["RAY_ADDRESS"]
-        with (self.folder / f"host-{number}.log").open("w") as log:
+        with self.log(number).open("w") as log:
             self.hosts[number] = subprocess.Popen(
-                ["ip", "netns", "exec", self.name(number), *command], env=environment, stdout=log, stderr=log
+                self.on_host(number, *command, hidden=hidden), env=self.environment(), stdout=log, stderr=log
             )
+
+    def log(self, number: int) -> Path:
+        return self.folder / f"{number}.log"
+
+    def on_host(self, number: int, *command: str, hidden: Path | None = None) -> list[str]:
+        """The command there. Mounts of `ip netns exec` are its own and end with it: each host has its own folder for Ray."""
+        own, rays = self.folder / str(number), self.folder / "ray"
+        for folder in (own, rays):
+            folder.mkdir(exist_ok=True)
+        mounts = f"mount --bind {own} {rays}" + (f" && mount -t tmpfs none {hidden}" if hidden is not None else "")
+        return ["ip", "netns", "exec", self.name(number), "sh", "-c", f'{mounts} && exec "$@"', "sh", *command]
 
     def on_head(self, *command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name(1), *command],
-            env=self.environment(), cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            self.on_host(1, *command), env=self.environment() | {"RAY_ADDRESS": f"{HEAD}:{PORT}"}, cwd=self.folder,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
-    def wait_for_nodes(self, count: int) -> None:
-        code = "import ray; ray.init(log_to_driver=False, logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+    def ask(self, *arguments: str) -> dict[str, str]:
+        """What `tests.hosts.ask` prints: a word, and what it says of it."""
+        process = self.on_head(sys.executable, "-m", "tests.hosts.ask", *arguments)
+        printed = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, printed
+        return dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
 
-        def there() -> bool:
-            process = self.on_head(sys.executable, "-c", code)
-            return process.communicate(timeout=60)[0].strip().endswith(str(count))
-
-        wait_until(there, f"{count} nodes", 120)
+    def wait_for_roles(self, *roles: str) -> None:
+        """Until there is a node of each."""
+        wait_until(lambda: set(roles) <= set(self.ask("nodes").values()), f"nodes for {', '.join(roles)}", 120)
 
     def tear_down(self) -> None:
-        for name in [self.switch, *map(self.name, self.hosts)]:
-            with suppress(subprocess.CalledProcessError):
-                for pid in map(int, ip("netns", "pids", name).split()):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                ip("netns", "del", name)
+        names = [line.split()[0] for line in ip("netns", "list").splitlines()]
+        for name in [name for name in names if name.startswith(f"{self.prefix}-")]:
+            for pid in map(int, ip("netns", "pids", name).split()):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            ip("netns", "del", name)
         for process in self.hosts.values():
             process.wait(30)
 
@@ -134,19 +139,21 @@ class Network:
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
     """A head without CPUs, two hosts for the policy with room for one worker each, one for the reference."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and `ip` (iproute2)")
+    if shutil.which("ip") is None:
+        pytest.skip("no command `ip`, which makes network namespaces (Debian: apt-get install iproute2)")
     found = Network(f"cal{os.getpid()}", Path(tempfile.mkdtemp(prefix="h")))
     try:
         try:
             found.build()
-            found.start(1, "--num-cpus=0")
-        except (subprocess.CalledProcessError, OSError) as error:
-            pytest.skip(f"no network namespaces here: {error}")
-        wait_until(lambda: "Ray runtime started" in (found.folder / "host-1.log").read_text(), "the head", 60)
+        except subprocess.CalledProcessError as error:
+            pytest.skip(
+                f"no network namespaces here, for which root must have its rights: `{' '.join(error.cmd)}`: {error.stderr.strip()}"
+            )
+        found.start(1, "--num-cpus=0")
+        wait_until(lambda: "Ray runtime started" in found.log(1).read_text(), "the head", 60)
         for number, role in ((2, "policy"), (3, "policy"), (4, "reference")):
             found.start(number, "--num-cpus=1", "--labels", f"caldpo.io/role={role}")
-        found.wait_for_nodes(4)
+        found.wait_for_roles("policy", "reference")
         yield found
     finally:
         found.tear_down()
@@ -178,38 +185,16 @@ def test_a_run_outlives_a_host_that_is_cut_off(network: Network, world: Path, tm
     assert places["10.77.0.5"] == "policy worker" and places.get("10.77.0.4") == "reference actor", places
 
 
-CHECK = """
-import sys
-from pathlib import Path
-import ray
-from caldpo_ray.errors import NotReady
-from caldpo_ray.node_check import require_shared
-from caldpo_ray.placement import live_nodes
-ray.init(log_to_driver=False, logging_level="ERROR")
-for role in ("reference", "apart", "bare"):
-    try:
-        require_shared(Path(sys.argv[1]), [n for n in live_nodes() if n.labels.get("caldpo.io/role") == role])
-        print(role, "OK")
-    except NotReady as error:
-        print(role, error)
-"""
-
-
 def test_a_host_with_other_storage_or_without_the_package_is_named(network: Network, tmp_path: Path) -> None:
     network.start(6, "--num-cpus=1", "--labels", "caldpo.io/role=apart", hidden=tmp_path)
     network.start(7, "--num-cpus=1", "--labels", "caldpo.io/role=bare", hidden=REPOSITORY / "caldpo_ray")
-
-    def found() -> dict[str, str]:
-        printed = network.on_head(sys.executable, "-c", CHECK, str(tmp_path)).communicate(timeout=200)[0]
-        lines = dict(line.split(" ", 1) for line in printed.splitlines() if " " in line)
-        return (
-            lines if lines.get("apart") != "OK" and lines.get("bare") != "OK" else {}
-        )  # not there yet: nobody is asked
-
-    told = wait_until(found, "both hosts", 120)
-    assert told["reference"] == "OK"
+    network.wait_for_roles("apart", "bare")
+    told = network.ask("lacks", str(tmp_path), "reference", "apart", "bare")
+    assert told["reference"] == "nothing"
     assert told["apart"].startswith("node 10.77.0.6, labels {'caldpo.io/role': 'apart'}: run.output_dir"), told
     assert "is another folder there than for the driver" in told["apart"]
     assert told["bare"].startswith("node 10.77.0.7") and "cannot run caldpo_ray" in told["bare"], told
     assert "No module named 'caldpo_ray" in told["bare"] and "the same image" in told["bare"]
     assert not list(tmp_path.iterdir()), "nothing is left"
+    going = network.ask("lacks-while-draining", str(tmp_path), "apart", "reference")
+    assert going == {"apart": "nothing", "reference": "nothing"}, "a node that is about to go is not asked"
