@@ -13,7 +13,7 @@ from torch import Tensor
 
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
-from caldpo_ray.imports import large_imports
+from caldpo_ray.imports import import_deepspeed, large_imports
 from caldpo_ray.optimizers import make_optimizer
 
 
@@ -56,12 +56,11 @@ def without_compiler(device: torch.device) -> Iterator[None]:
 @large_imports()
 def build_engine(config: Config, model: ModelSection, device: torch.device) -> Any:
     """A DeepSpeed engine whose module is the shared `ResponseScorer`."""
-    import deepspeed  # after set_up_process: DeepSpeed picks its accelerator at import
-
     from caldpo_ray.models import add_lora, load_model
     from caldpo_ray.scoring import ResponseScorer, choose_layout
 
-    # DeepSpeed would compile an all-reduce that only inference calls: it needs a compiler, and seconds of every start.
+    deepspeed = import_deepspeed()
+    # It would compile an all-reduce that only inference calls: it needs a compiler, and seconds of every start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before anything is partitioned: DeepSpeed reads the world size from its own wrapper of the process group.
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

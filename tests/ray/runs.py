@@ -57,6 +57,10 @@ class Run:
         """Metrics without what the clock decides."""
         return [{key: value for key, value in line.items() if key not in TIMES} for line in self.lines()]
 
+    def values(self, *names: str) -> list[list[Any]]:
+        """Of these metrics, in every line of training."""
+        return [[line[name] for name in names] for line in self.lines() if line["split"] == "train"]
+
     def last_step_kept(self, before: list[dict[str, Any]]) -> int:
         """Up to this step the lines of an earlier moment still stand, timings and all; a step that ran again has others."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(before, self.lines(), strict=False))

@@ -24,34 +24,13 @@ def config(tmp_path_factory: pytest.TempPathFactory, world: Path, cluster: str) 
     return write_config(tmp_path_factory.mktemp("options"), world, train={"max_steps": 13})
 
 
-def losses(config: Path, name: str, *overrides: str) -> list[float]:
-    run = caldpo_ray.train(config, [f"run.name={name}", *overrides])
-    return [line["loss"] for line in read_metrics(run.metrics) if line["split"] == "train"]
-
-
-def test_lora_in_bf16_with_checkpointed_activations_and_rmsprop(config: Path, world: Path, tmp_path: Path) -> None:
+def test_ranked_rows_by_all_pairs_and_lora_in_bf16_with_checkpointed_activations_and_rmsprop(
+    config: Path, world: Path, tmp_path: Path
+) -> None:
     from peft import AutoPeftModelForCausalLM
 
     from caldpo_ray.export import export
 
-    overrides = [
-        "model.lora.r=4",
-        "model.dtype=bfloat16",
-        "model.gradient_checkpointing=true",
-        "train.optimizer=rmsprop",
-    ]
-    found = losses(config, "lora", *overrides, "train.deepspeed.zero_stage=2", "train.learning_rate=3e-4")
-    assert found[0] == pytest.approx(50.69, abs=0.5), "policy = reference in bf16, up to its rounding"
-    assert np.mean(found[-4:]) < np.mean(found[:4]) - 0.5
-    run = config.parent / "runs" / "lora"
-    merged = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "merged"), dtype=torch.float32)
-    adapted = AutoPeftModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(run / "model")("review of the film :", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=0.1)
-
-
-def test_ranked_rows_by_all_pairs(config: Path, world: Path, tmp_path: Path) -> None:
     pairs = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
     ranked = tmp_path / "ranked.jsonl"
     with ranked.open("w") as file:
@@ -59,9 +38,24 @@ def test_ranked_rows_by_all_pairs(config: Path, world: Path, tmp_path: Path) -> 
             responses = [first["chosen"], second["chosen"], first["rejected"], second["rejected"]]
             if len(set(responses)) == 4:
                 file.write(json.dumps({"prompt": first["prompt"], "responses": responses}) + "\n")
-    found = losses(config, "ranked", f"data.train={ranked}", "train.epochs=4")
-    assert found[0] == pytest.approx(50.693, abs=1e-2)
+    overrides = [
+        f"data.train={ranked}",
+        "train.epochs=4",
+        "model.lora.r=4",
+        "model.dtype=bfloat16",
+        "model.gradient_checkpointing=true",
+        "train.optimizer=rmsprop",
+        "train.deepspeed.zero_stage=2",
+    ]
+    run = caldpo_ray.train(config, ["run.name=ranked", *overrides]).path
+    found = [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["split"] == "train"]
+    assert found[0] == pytest.approx(50.69, abs=0.5), "policy = reference in bf16, up to its rounding"
     assert np.mean(found[-4:]) < np.mean(found[:4]) - 0.5
+    merged = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "merged"), dtype=torch.float32)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(run / "model")("review of the film :", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=0.1)
 
 
 # DeepSpeed keeps up to 1e9 parameters alive by default, in buffers of 5e8: bounds for models of that size, scaled down here.

@@ -37,7 +37,10 @@ def test_plan_looks_and_starts_nothing(config: Path, capsys: pytest.CaptureFixtu
     assert "side by side" in text and "M parameters" in text and "MiB" in text
     assert re.search(r"about 3\d\d rows to train on .* and \d\d held out; \d\d? steps of 32", text)
     assert "about 800 log-probs, 18.8 KiB" in text and "2 policy workers, 0.5 CPU each: " in text
-    assert re.search(r"measured   policy worker: [\d,.]+ rows/s", text) and "keeps up with 2 policy workers" in text
+    assert re.search(r"measured   policy worker: [\d,.]+ rows/s", text)
+    assert re.search(r"reference.num_actors = 1: \d+ keeps? up with 2 policy workers", text), (
+        "as many as the clock says"
+    )
     assert "log-ratio of chosen responses 5 nats" in text and "CPU-hours of policy workers" in text
     assert not (config.parent / "runs").exists()
     text = run(capsys, "plan", str(config), "train.num_workers=9", "train.placement_timeout_seconds=1", code=2)

@@ -162,6 +162,15 @@ def test_importing_costs_no_more_than_it_must(module: str, heavy: set[str]) -> N
     assert done.stdout.strip() == "[]"
 
 
+def test_deepspeed_comes_without_mlflow_which_stays_importable() -> None:
+    code = (
+        "import sys; from caldpo_ray.imports import import_deepspeed; import_deepspeed(); print('mlflow' in sys.modules);"
+        " import mlflow; print(mlflow.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == ["False", "mlflow"]
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_small_files_and_functions_and_no_tricks(file: Path) -> None:
     text = file.read_text()

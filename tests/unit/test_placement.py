@@ -199,7 +199,9 @@ def test_a_cluster_of_our_own_is_not_waited_for(
     assert may_grow([CPU_NODE, GPU_NODE]) and not may_grow([laptop])
 
 
-def test_a_cluster_has_our_label_only_if_we_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_has_our_label_only_if_we_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever others have started on this machine: where Ray writes down the last `ray start` is a folder of the test's own."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     asked: list[dict[str, Any]] = []
 
     def start(**options: Any) -> None:
