@@ -43,7 +43,7 @@ cluster: install
 # Skipped, with the reason, where root may not make network namespaces. `make hosts HOSTS="-k cut_off"`
 hosts: install
 	@echo "Hosts: raylets in network namespaces, one of which is cut off in mid-run, and others that lack something (some minutes)"
-	@$(BIN)/python -m pytest tests/hosts $(HOSTS)
+	@$(BIN)/python -m pytest -s tests/hosts $(HOSTS)
 
 # `make bench BENCH="--repetitions 1 --skip scaling"` hands options on.
 bench: install

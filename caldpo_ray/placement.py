@@ -121,9 +121,9 @@ def _admits(rule: str, value: str | None) -> bool:
 def live_nodes(but: frozenset[str] = frozenset()) -> list[Node]:
     """All nodes but those with these ids, and those that are about to go: Ray counts them as alive, and starts nothing there."""
     import ray
-    from ray._private.state import state
+    from ray._raylet import GcsClient
 
-    left_out = but | state.get_draining_nodes().keys()
+    left_out = but | GcsClient(address=ray.get_runtime_context().gcs_address).get_draining_nodes().keys()
     return [
         Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels", {}), node["NodeID"])
         for node in ray.nodes()

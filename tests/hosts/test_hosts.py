@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -82,8 +84,8 @@ class Network:
             "GLOO_SOCKET_IFNAME": "eth0",  # by itself gloo asks for the address of the host's name, which all hosts share
         }
 
-    def start(self, number: int, *options: str, hidden: Path | None = None) -> None:
-        """A host with its raylet. `hidden` is a folder of this machine that is empty on that host."""
+    def start(self, number: int, *options: str, hidden: Iterable[Path] = ()) -> None:
+        """A host with its raylet. `hidden` are folders of this machine that are empty on that host."""
         self.plug_in(number)
         role = (
             ["--head", f"--port={PORT}", "--include-dashboard=false"] if number == 1 else [f"--address={HEAD}:{PORT}"]
@@ -100,13 +102,13 @@ class Network:
     def log(self, number: int) -> Path:
         return self.folder / f"{number}.log"
 
-    def on_host(self, number: int, *command: str, hidden: Path | None = None) -> list[str]:
+    def on_host(self, number: int, *command: str, hidden: Iterable[Path] = ()) -> list[str]:
         """The command there. Mounts of `ip netns exec` are its own and end with it: each host has its own folder for Ray."""
         own, rays = self.folder / str(number), self.folder / "ray"
         for folder in (own, rays):
             folder.mkdir(exist_ok=True)
-        mounts = f"mount --bind {own} {rays}" + (f" && mount -t tmpfs none {hidden}" if hidden is not None else "")
-        return ["ip", "netns", "exec", self.name(number), "sh", "-c", f'{mounts} && exec "$@"', "sh", *command]
+        mounts = [f"mount --bind {own} {rays}", *(f"mount -t tmpfs none {each}" for each in hidden), 'exec "$@"']
+        return ["ip", "netns", "exec", self.name(number), "sh", "-c", " && ".join(mounts), "sh", *command]
 
     def on_head(self, *command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -175,7 +177,10 @@ def test_a_run_outlives_a_host_that_is_cut_off(network: Network, world: Path, tm
     ))  # fmt: skip
     live.wait_for_checkpoint(8)
     network.cut_off(3)
+    started, step = time.monotonic(), live.lines()[-1]["step"]
     network.start(5, "--num-cpus=1", "--labels", "caldpo.io/role=policy")
+    live.wait_for_step(step + 3)  # those after it that were computed already are no more than two
+    print(f"\na host that is cut off: {time.monotonic() - started:.1f} s until the run went on", flush=True)
     printed = live.finish(seconds=300)
     steps = [line["step"] for line in live.lines() if line["split"] == "train"]
     assert steps == list(range(1, 8 * 13 + 1)), "each once"
@@ -185,9 +190,15 @@ def test_a_run_outlives_a_host_that_is_cut_off(network: Network, world: Path, tm
     assert places["10.77.0.5"] == "policy worker" and places.get("10.77.0.4") == "reference actor", places
 
 
+def package_folders() -> set[Path]:
+    """Where a node would find the package: in this checkout, and in the one that was installed, if that is another."""
+    installed = json.loads(distribution("caldpo-ray").read_text("direct_url.json") or "{}")["url"]
+    return {folder / "caldpo_ray" for folder in (REPOSITORY, Path(installed.removeprefix("file://")))}
+
+
 def test_a_host_with_other_storage_or_without_the_package_is_named(network: Network, tmp_path: Path) -> None:
-    network.start(6, "--num-cpus=1", "--labels", "caldpo.io/role=apart", hidden=tmp_path)
-    network.start(7, "--num-cpus=1", "--labels", "caldpo.io/role=bare", hidden=REPOSITORY / "caldpo_ray")
+    network.start(6, "--num-cpus=1", "--labels", "caldpo.io/role=apart", hidden=[tmp_path])
+    network.start(7, "--num-cpus=1", "--labels", "caldpo.io/role=bare", hidden=package_folders())
     network.wait_for_roles("apart", "bare")
     told = network.ask("lacks", str(tmp_path), "reference", "apart", "bare")
     assert told["reference"] == "nothing"

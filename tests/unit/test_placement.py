@@ -12,7 +12,6 @@ from caldpo_ray.placement import (
     Bundle,
     Node,
     bundles,
-    live_nodes,
     may_grow,
     require_placeable,
     room_for_workers,
@@ -131,17 +130,6 @@ def test_workers_that_come_and_go_leave_room_for_the_reference(tmp_path: Path, m
     assert room_for_workers(config, False, frozenset()) == 8
     assert room_for_workers(config, True, frozenset()) == 7
     assert room_for_workers(config, True, frozenset({"one of them"})) == 3
-
-
-def test_dead_nodes_and_those_about_to_go_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For real in tests/hosts; Ray counts a node that is being drained as alive until it is gone."""
-    known = [
-        {"NodeID": name, "NodeManagerAddress": name, "Alive": name != "dead", "Resources": {}}
-        for name in ("here", "dead", "going", "left out")
-    ]
-    monkeypatch.setattr("ray.nodes", lambda: known)
-    monkeypatch.setattr("ray._private.state.state.get_draining_nodes", lambda: {"going": 1_700_000_000_000})
-    assert [node.name for node in live_nodes(frozenset({"left out"}))] == ["here"]
 
 
 def test_data_tasks_need_a_place_before_the_others_not_beside_them(
