@@ -1,6 +1,5 @@
-"""Asked on the head, as a driver: which nodes there are, and what those of each role lack.
+"""Asked on the head, as a driver would: what the nodes of each role lack.
 
-python -m tests.hosts.ask nodes
 python -m tests.hosts.ask lacks FOLDER ROLE...
 python -m tests.hosts.ask lacks-while-draining FOLDER ROLE...   (the first role's nodes are busy, and about to go)
 """
@@ -50,12 +49,7 @@ def drain(node: Node) -> None:
 
 def main() -> None:
     ray.init(log_to_driver=False, logging_level="ERROR")
-    what, *arguments = sys.argv[1:]
-    if what == "nodes":
-        for node in live_nodes():
-            print(node.name, node.own_labels.get("caldpo.io/role", "head"))
-        return
-    folder, *roles = arguments
+    what, folder, *roles = sys.argv[1:]
     if what == "lacks-while-draining":
         for node in nodes_of(roles[0]):
             drain(node)
