@@ -6,6 +6,9 @@ where it must be; and a checkpoint in which the workers find damage leaves it, s
 """
 
 import json
+import math
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
+from caldpo_ray.config import Config
 from caldpo_ray.errors import NotReady, RunError
 from caldpo_ray.run_dir import read_metrics
 from caldpo_ray.storage import read_json, write_atomically
@@ -63,7 +67,18 @@ def newest_step(checkpoints: Path) -> int:
     return _read(checkpoints)[0].latest_checkpoint_result.step if (checkpoints / LIST_FILE).exists() else 0
 
 
-def mend_list(checkpoints: Path, metrics: Path) -> str | None:
+def scores(config: Config, measured: Mapping[str, Any]) -> dict[str, float]:
+    """What a checkpoint is ranked by, of the evaluation at its step; without one it ranks below all that have one.
+
+    Ray Train takes a score that is missing for the best of losses, and its JSON makes null of a number that is not finite,
+    with which it cannot start again.
+    """
+    worst = sys.float_info.max if config.best_is_smallest else -sys.float_info.max
+    found = {name: value for name, value in measured.items() if isinstance(value, float) and math.isfinite(value)}
+    return {config.best_metric: worst} | found
+
+
+def mend_list(checkpoints: Path, metrics: Path, config: Config) -> str | None:
     """Make the list name checkpoints that are there. Returns what was wrong and what is used now, where something was.
 
     Raises RunError where it named some and none is left.
@@ -77,7 +92,7 @@ def mend_list(checkpoints: Path, metrics: Path) -> str | None:
             str(error).partition("; put it back")[0] if damaged else f"{checkpoints}: there is no list of checkpoints"
         )
         if whole:
-            _write(checkpoints, _made_again(whole, metrics))
+            _write(checkpoints, _made_again(whole, metrics, config))
             return f"{reason}; it was made again, and the run goes on from {whole[-1]}"
         if damaged:
             raise _nothing_left(checkpoints, reason) from None
@@ -138,16 +153,13 @@ def _is_there(folder: Path) -> bool:
     return all((folder / name).exists() for names in sealed for name in names)
 
 
-def _made_again(names: list[str], metrics: Path) -> dict[str, Any]:
+def _made_again(names: list[str], metrics: Path, config: Config) -> dict[str, Any]:
     """The list as Ray Train writes it, of these checkpoints from old to new, each with what was measured at its step."""
     lines: list[dict[str, Any]] = []
     with suppress(NotReady):  # a damaged line there is told elsewhere
         lines = [line for line in read_metrics(metrics) if line["split"] == "eval"]
-    measured = {
-        f"step-{line['step']:08d}": {name: value for name, value in line.items() if isinstance(value, float)}
-        for line in lines
-    }
-    results = [{"checkpoint_dir_name": name, "metrics": measured.get(name, {})} for name in names]
+    measured = {f"step-{line['step']:08d}": line for line in lines}
+    results = [{"checkpoint_dir_name": name, "metrics": scores(config, measured.get(name, {}))} for name in names]
     empty: dict[str, Any] = {name: [] for name in CheckpointList.model_fields}
     return empty | {
         "ray_version": version("ray"),

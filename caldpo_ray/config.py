@@ -222,7 +222,9 @@ class TrainSection(Section):
     eval_every: Annotated[PositiveInt | None, EXECUTION] = None
     """Steps between evaluations; default: at the end only."""
     save_every: Annotated[PositiveInt | None, EXECUTION] = None
-    """Steps between checkpoints; default: at the end only."""
+    """Steps between checkpoints, each of them evaluated; default: train.save_minutes decides. The last step is always saved."""
+    save_minutes: Annotated[float, Field(gt=0), EXECUTION] = 10.0
+    """Minutes between checkpoints where save_every is null; they are not evaluated."""
     log_every: Annotated[PositiveInt, EXECUTION] = 1
     """Steps between lines of metrics."""
     keep_checkpoints: Annotated[PositiveInt, EXECUTION] = 2

@@ -2,7 +2,7 @@
 
 One way for all who ask: Ctrl-C and SIGTERM (the run ends), a node that is about to go and room for more workers (the next group
 goes on from that checkpoint). The feed keeps what was asked, rank 0 hears it, and the others learn it with the metrics of a
-step: so all leave after the same one, and listening costs no message.
+step: so all leave after the same one, and listening costs no message. A checkpoint that is due by rank 0's clock is told so, too.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from typing import Any
 
 ANSWER_SECONDS = 10.0
 WORD = "leave"
+SAVE, MOVE, END = 1, 2, 3  # what rank 0 says, 0 being nothing; whoever leaves saves before
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,34 @@ class Requests:
 
 
 class Listener:
-    """In each worker of a group: rank 0 hears what was asked, and all agree on it when they sum the metrics of a step."""
+    """In each worker of a group: rank 0 knows what is asked, and all agree on it when they sum the metrics of a step."""
 
     def __init__(self, feed: Any, attempt: int, rank: int) -> None:
         self._wanted = feed.leave_wanted.remote(attempt) if rank == 0 else None
         self._heard: Leave | None = None
 
-    def word(self) -> dict[str, Any]:
-        """To be summed over the ranks, as (sum, count); without waiting."""
+    def word(self, save_due: bool) -> dict[str, Any]:
+        """To be summed over the ranks, as (sum, count); without waiting. Whether a checkpoint is due is asked of rank 0 alone."""
         import ray
         import torch
 
         if self._wanted is not None and self._heard is None:
             done, _ = ray.wait([self._wanted], timeout=0)
             self._heard = ray.get(done[0]) if done else None
-        said = 0 if self._heard is None else 1 + self._heard.for_good
+        said = 0 if self._wanted is None else said_by_rank_0(self._heard, save_due)
         return {WORD: (torch.tensor([said]), torch.tensor([0]))}
 
-    def agreed(self, totals: dict[str, Any]) -> Leave | None:
-        """What all ranks do now; taken out of the sums."""
+    def agreed(self, totals: dict[str, Any]) -> tuple[bool, Leave | None]:
+        """(whether all ranks save after this step, how they leave then); taken out of the sums."""
         said = int(totals.pop(WORD)[0].item())
-        return self._heard or (Leave("", for_good=said == 2) if said else None)
+        return said >= SAVE, self._heard or (Leave("", for_good=said == END) if said >= MOVE else None)
+
+
+def said_by_rank_0(heard: Leave | None, save_due: bool) -> int:
+    """One number for what was asked and for its clock."""
+    if heard is None:
+        return SAVE if save_due else 0
+    return END if heard.for_good else MOVE
 
 
 def ask_to_end(feed: Any) -> bool:

@@ -179,6 +179,5 @@ def _checkpoint_lines(config: Config, found: Footprint, step: Step) -> Iterator[
         f"storage    a checkpoint {describe_bytes(each)} ({share} per worker), {kept} kept: {describe_bytes(each * kept)}; the"
         f" model {describe_bytes(whole)}"
     )
-    if train.save_every is not None:
-        seconds = train.save_every * step.seconds
-        yield f"           every {seconds / 60:.0f} min, {each / seconds / 1e9:.2f} GB/s on average while training goes on"
+    seconds = train.save_every * step.seconds if train.save_every else max(60 * train.save_minutes, step.seconds)
+    yield f"           every {seconds / 60:.0f} min, {each / seconds / 1e9:.2f} GB/s on average while training goes on"

@@ -285,7 +285,7 @@ def fit(
     """
     run = prepared.run
     run.require_held()
-    if mended := mend_list(run.checkpoints, run.metrics):
+    if mended := mend_list(run.checkpoints, run.metrics, prepared.config):
         say(mended)
     while True:
         try:

@@ -4,6 +4,7 @@ Each worker takes one dictionary, rebuilds the config and touches no globals. Th
 count of the global batch, so accumulation and sharding do not change it.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -22,6 +23,7 @@ from caldpo_ray import checkpoint, metrics
 from caldpo_ray.alarms import Alarms
 from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
+from caldpo_ray.checkpoint_list import scores
 from caldpo_ray.config import Config, ModelSection
 from caldpo_ray.engine import build_engine, set_up_process, spoil_step, take_step
 from caldpo_ray.errors import Diverged, InputError, Left, RunError
@@ -40,7 +42,7 @@ from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.storage import make_folder, open_path, write_atomically
 from caldpo_ray.sweep_options import broken_rule
-from caldpo_ray.uploads import Uploads
+from caldpo_ray.uploads import Cadence, Uploads
 from caldpo_ray.waiting import DUMPED_AT, Watchdog, wait_for
 
 HELD_SECONDS = 10.0  # between two looks at whether this attempt still holds the run directory
@@ -82,7 +84,9 @@ class PolicyWorker:
         self.held_at = time.monotonic()
         self.listener = Listener(self.feed, self.attempt, self.rank)
         self.leave: Leave | None = None
-        self.uploads = Uploads(self.run, self.rank, self.wait_seconds, partial(tell_failure, settings))
+        self.asked_to_save = False
+        self.cadence = Cadence(math.inf if self.config.train.save_every else 60 * self.config.train.save_minutes)
+        self.uploads = Uploads(self.run, self.rank, self.wait_seconds, partial(tell_failure, settings), self.cadence)
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
         self.published = RunMetrics(self.run.path.name)
@@ -128,7 +132,7 @@ class PolicyWorker:
                 self.write(line)
             if evaluates:
                 best = self.evaluate(step, best)
-            if saves or self.leave:
+            if saves or self.asked_to_save:
                 self.save(step, best)
             if self.leave and step < num_steps:
                 self._end_after(step, self.leave)
@@ -139,7 +143,10 @@ class PolicyWorker:
         return False
 
     def due(self, step: int) -> tuple[bool, bool]:
-        """Whether the held-out rows are evaluated and a checkpoint is saved after so many steps: one is ranked by the other."""
+        """Whether the held-out rows are evaluated and a checkpoint is saved after so many steps: one is ranked by the other.
+
+        Checkpoints that the clock or a leave asks for are not evaluated: the lines of metrics do not depend on the clock.
+        """
         train = self.config.train
         saves = step == self.schedules["train"].num_steps or (
             train.save_every is not None and step % train.save_every == 0
@@ -191,8 +198,8 @@ class PolicyWorker:
                 # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
                 self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
             parts.append(part)
-        totals = self.reduce(metrics.merge(parts) | self.listener.word())
-        self.leave = self.listener.agreed(totals)
+        totals = self.reduce(metrics.merge(parts) | self.listener.word(self.cadence.due()))
+        self.asked_to_save, self.leave = self.listener.agreed(totals)
         if step == 0 and self.settings["num_eval"]:
             self._require_best_metric(totals)
         norm = take_step(self.engine)
@@ -266,6 +273,7 @@ class PolicyWorker:
     def save(self, step: int, best: float | None) -> None:
         """Checkpoint this step. Training goes on while the files go to storage, until the next call."""
         started = time.monotonic()
+        self.asked_to_save = False
         schedule = self.schedules["train"]
         stage = self.engine.zero_optimization_stage()
         state = TrainerState(
@@ -273,9 +281,8 @@ class PolicyWorker:
             self.settings["reference_key"], self.rows_digest, self.world_size, stage, best,
             self.skipped_steps,
         )  # fmt: skip
-        evaluated = self.evaluated if self.evaluated.get("step") == step else {}  # not where workers leave in between
-        scores = {name: value for name, value in evaluated.items() if isinstance(value, float)}
-        self.uploads.checkpoint(self.engine, state, scores)
+        evaluated = self.evaluated if self.evaluated.get("step") == step else {}
+        self.uploads.checkpoint(self.engine, state, scores(self.config, evaluated))
         self.log("checkpoint", step)
         self.waits["wait/checkpoint_seconds"] += time.monotonic() - started
 

@@ -6,6 +6,7 @@ never finds a `best/` older than the checkpoint says.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -37,16 +38,41 @@ def scratch_prefix(run_dir: Path, rank: int) -> str:
     return f"caldpo-checkpoint-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}-{rank}-"
 
 
+class Cadence:
+    """When the clock wants a checkpoint: so many seconds after the start, or after the last one was in its place.
+
+    Not while one is on its way, which the next would have to wait for: slow storage makes checkpoints rarer, not training slower.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self.stored()
+
+    def on_its_way(self) -> None:
+        """A checkpoint is."""
+        self._next = math.inf
+
+    def stored(self) -> None:
+        """It is in its place."""
+        self._next = self._clock() + self._seconds
+
+    def due(self) -> bool:
+        """Whether the next one is to be made."""
+        return self._clock() >= self._next
+
+
 class Uploads:
     """The checkpoint and the model of one rank that are on their way. At most one of each, so that they need bounded room."""
 
-    def __init__(self, run: RunDir, rank: int, wait_seconds: float, tell: Callable[[Exception], Any]) -> None:
+    def __init__(
+        self, run: RunDir, rank: int, wait_seconds: float, tell: Callable[[Exception], Any], cadence: Cadence
+    ) -> None:
         """`tell` gets what an upload fails with, in its thread; Ray Train then stops the group, whatever the loop does.
 
-        What is on its way for longer than `wait_seconds` raises RunError in whoever waits for it.
+        What is on its way for longer than `wait_seconds` raises RunError in whoever waits for it. `cadence` is told of checkpoints.
         """
         self._run, self._checkpoints, self._rank, self._tell = run, run.checkpoints, rank, tell
-        self._wait_seconds = wait_seconds
+        self._wait_seconds, self._cadence = wait_seconds, cadence
         self._scratch = scratch_prefix(run.path, rank)
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a worker of this rank that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -68,6 +94,7 @@ class Uploads:
             # A kill may have left a part of it there, written by another number of workers.
             with suppress(FileNotFoundError):
                 remove_tree(self._checkpoints / name)
+        self._cadence.on_its_way()
         dist.barrier()  # this wait for the others has an end; that in Ray Train's report has none
         ray.train.report(
             {"step": state.step, **scores},
@@ -101,6 +128,7 @@ class Uploads:
                     move_files(Path(written.path), target, self._run.require_held)
                     stored = Checkpoint(str(target), storage.storage_filesystem)
             self._run.require_held()  # or it would be committed
+            self._cadence.stored()
             return stored
         except Exception as error:
             self._tell(error)

@@ -10,7 +10,7 @@ import pytest
 from caldpo_ray.config import DataSection, ModelSection
 from caldpo_ray.data import build_rows
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 FEW, MANY = 3_000, 30_000
 
 

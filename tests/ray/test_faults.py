@@ -13,14 +13,16 @@ from tests.conftest import wait_until
 from tests.ray.runs import Run, start, write_config
 
 pytestmark = pytest.mark.ray
+BY_THE_CLOCK = "train.save_minutes=0.005"  # after nearly every step
 
 
+@pytest.mark.long
 def test_a_run_survives_full_memory_and_a_rank_that_hangs(
     baseline_config: Path, baseline: RunDir, tmp_path: Path
 ) -> None:
     """With smaller micro-batches and the same global batches; and one reads where the rank hung.
 
-    One failure is allowed, and only the hanging rank counts as one.
+    One failure is allowed, and only the hanging rank counts as one. Both ranks save when the clock of rank 0 asks for it.
     """
     config = Path(shutil.copy(baseline_config, tmp_path))
     config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:afflicted"))
@@ -31,7 +33,7 @@ def test_a_run_survives_full_memory_and_a_rank_that_hangs(
         "train.max_failures=1",
         "train.deepspeed.zero_stage=2",
     ]
-    run = start(config, "afflicted", *overrides, "train.save_every=2", "train.wait_timeout_seconds=25")
+    run = start(config, "afflicted", *overrides, BY_THE_CLOCK, "train.wait_timeout_seconds=25")
     said = run.finish()
     halvings = re.findall(r"train\.micro_batch_tokens goes from (\d+) to (\d+)", said)
     assert halvings and all(int(before) == 2 * int(after) for before, after in halvings), said
@@ -40,6 +42,7 @@ def test_a_run_survives_full_memory_and_a_rank_that_hangs(
     assert re.search(r"rank 1 has stood in afflicted, \S+/objectives\.py line \d+", said), said
     assert "rank 0 has waited for other ranks" in said
     assert "in afflicted" in (run.path / "stacks" / "rank-1.txt").read_text()
+    assert_saved_by_the_clock(run)
     assert_learned_alike(run, baseline)
 
 
@@ -73,10 +76,10 @@ def test_steps_without_finite_numbers_are_left_out_and_named(world: Path, cluste
 def test_the_later_of_two_attempts_goes_on_and_the_older_one_stops(
     baseline_config: Path, baseline: RunDir, tmp_path: Path
 ) -> None:
-    """To the bits of a run that nobody disturbed; and with the store of that run neither attempt loads the reference."""
+    """To the bits of a run that nobody disturbed and that saved at the end only; with its store neither loads the reference."""
     config = Path(shutil.copy(baseline_config, tmp_path))
     config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:held_up"))
-    overrides = (f"objective.folder={tmp_path}", "train.save_every=2")
+    overrides = (f"objective.folder={tmp_path}", BY_THE_CLOCK)
     older = start(config, "contested", *overrides)
     older.wait_for_step(1)
     newer = start(config, "contested", *overrides)
@@ -90,6 +93,7 @@ def test_the_later_of_two_attempts_goes_on_and_the_older_one_stops(
     assert reference_actors(baseline) and not reference_actors(newer)
     learned = ["loss", "logratios/chosen", "logratios/rejected", "grad_norm"]
     assert newer.values(*learned) == Run(baseline.path).values(*learned)
+    assert_saved_by_the_clock(newer)
     ours, theirs = newer.weights(), Run(baseline.path).weights()
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
@@ -98,6 +102,12 @@ def reference_actors(run: Run | RunDir) -> set[int]:
     """Processes that held the reference model at any time of a finished run."""
     places = json.loads((run.path / "manifest.json").read_text())["places"]
     return {place["pid"] for place in places if place["role"] == "reference actor"}
+
+
+def assert_saved_by_the_clock(run: Run) -> None:
+    """Before the last step, too; and without evaluations that the config did not ask for."""
+    assert len(list(run.path.glob("checkpoints/step-*"))) > 1
+    assert [line["step"] for line in run.lines() if line["split"] == "eval"] == [6, 12, 18, 24, 26]
 
 
 def assert_learned_alike(run: Run, baseline: RunDir) -> None:

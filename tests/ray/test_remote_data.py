@@ -16,7 +16,7 @@ from caldpo_ray.store import list_references, remove_reference
 from tests.ray.runs import Run, assert_same, kill, start
 from tests.unit.test_sources_remote import CARD, REPOS, SECRET
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 URL = "s3://data/runs"
 
 

@@ -52,6 +52,7 @@ def on_the_way(run: Run) -> list[Path]:
     return [path for rank in (0, 1) for path in Path(tempfile.gettempdir()).glob(f"{scratch_prefix(run.path, rank)}*")]
 
 
+@pytest.mark.long
 def test_training_goes_on_while_a_checkpoint_is_on_its_way(config: Path, undisturbed: Run, tmp_path: Path) -> None:
     """Until then a kill resumes from the one before; and a disk that takes no more is one message, not a lost checkpoint."""
     config = Path(shutil.copy(config, tmp_path))

@@ -40,19 +40,19 @@ def free_cpus() -> float:
 
 @pytest.fixture(scope="module")
 def home(world: Path, tmp_path_factory: pytest.TempPathFactory, cluster: str) -> Path:
-    """Two objectives, two points each, two seeds; killed with its driver when two trials were done, and gone on with."""
-    space = {"cal_dpo": {"beta": [0.1, 0.3]}, "dpo": {"beta": [0.1, 1.0]}}
+    """Two objectives, a point each, two seeds; killed with its driver when one trial was done, and gone on with."""
+    space = {"cal_dpo": {"beta": [0.1]}, "dpo": {"beta": [0.5]}}
     sweep = {"objectives": ["cal_dpo", "dpo"], "space": space, "seeds": 2}
     config = sweep_config(tmp_path_factory.mktemp("sweep"), world, sweep)
     home = config.parent / "runs" / "config"
     command = [sys.executable, "-m", "caldpo_ray", "sweep", str(config)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(lambda: process.poll() is not None or len(outcomes(home)) >= 2, "two trials")
+    wait_until(lambda: process.poll() is not None or outcomes(home), "a trial")
     assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = outcomes(home)
-    assert len(before) < 8
+    assert len(before) < 4
     caldpo_ray.sweep(config)
     assert {path: stamp for path, stamp in outcomes(home).items() if path in before} == before  # not run again
     return home
@@ -64,12 +64,9 @@ def outcomes(home: Path) -> dict[Path, int]:
 
 def test_every_point_of_the_grid_runs_with_every_seed(home: Path) -> None:
     table = lines(home)
-    assert len(table) == 8 and {line["state"] for line in table} == {"completed"}
+    assert len(table) == 4 and {line["state"] for line in table} == {"completed"}
     assert {(line["objective"], line["point"], line["seed"]) for line in table} == {
-        (objective, f"beta-{beta}", seed)
-        for objective, betas in (("cal_dpo", (0.1, 0.3)), ("dpo", (0.1, 1)))
-        for beta in betas
-        for seed in (7, 8)
+        (objective, f"beta-{beta}", seed) for objective, beta in (("cal_dpo", 0.1), ("dpo", 0.5)) for seed in (7, 8)
     }
     assert {(line["steps"], line["rows"]) for line in table} == {(4, 128)}
     assert all(math.isfinite(line[f"{half}/{METRIC}"]) for line in table for half in ("selection", "report"))
@@ -90,9 +87,8 @@ def test_the_reference_was_scored_once_for_all(home: Path) -> None:
     (stored,) = list_references(home.parent / ".cache" / "reference")
     scored = result["reference"]["rows_scored"]
     assert 0 < scored <= 480 and stored["entries"] <= 2 * scored  # rows have two responses, some of them equal
-    assert (
-        6 * result["reference"]["seconds"] < result["reference"]["seconds_saved"] < 8 * result["reference"]["seconds"]
-    )
+    seconds, saved = (result["reference"][name] for name in ("seconds", "seconds_saved"))
+    assert 2 * seconds < saved < 4 * seconds
     for trial in home.glob("trials/*/manifest.json"):
         assert {place["role"] for place in json.loads(trial.read_text())["places"]} == {"policy worker"}
 
@@ -103,8 +99,8 @@ def test_results_are_whole(home: Path) -> None:
     assert {entry["objective"] for entry in result["leader_board"]} == {"cal_dpo", "dpo"}
     assert all(entry["seeds"] == 2 and len(entry["interval"]) == 2 for entry in result["leader_board"])
     assert [each["objective"] for each in result["differences_to_dpo"]] == ["cal_dpo"]
-    assert {spent["rows"] for spent in result["objectives"].values()} == {4 * 128}
-    assert result["verdict"] and (home / "trials.csv").read_text().count("\n") == 9
+    assert {spent["rows"] for spent in result["objectives"].values()} == {2 * 128}
+    assert result["verdict"] and (home / "trials.csv").read_text().count("\n") == 5
 
 
 def test_the_best_is_ready_to_use(home: Path) -> None:
@@ -119,7 +115,7 @@ def test_the_best_is_ready_to_use(home: Path) -> None:
 
 def test_a_trial_of_a_sweep_is_an_ordinary_run(home: Path, world: Path, tmp_path: Path) -> None:
     """The same config by `caldpo train` takes the same path to the last bit."""
-    trial = home / "trials" / "dpo-beta-0.1-seed-7"
+    trial = home / "trials" / "dpo-beta-0.5-seed-7"
     run = caldpo_ray.train(trial / "config.yaml", [f"run.output_dir={tmp_path}", "data.eval=null"])
     ours, theirs = (
         [line["loss"] for line in read_metrics(path / "metrics.jsonl") if line["split"] == "train"]
@@ -139,6 +135,7 @@ def test_a_directory_of_another_sweep_is_refused(home: Path) -> None:
         caldpo_ray.sweep(home / "sweep.yaml", ["train.batch_size=16"])
 
 
+@pytest.mark.long
 def test_a_metric_that_no_trial_reports(home: Path) -> None:
     """Told by the first trial; the rows and the reference are those of the other sweep."""
     with pytest.raises(InputError, match=r"rewards/accuracy: not among the evaluation metrics: .*rewards/accuracies"):
@@ -178,6 +175,7 @@ def test_trials_that_fail_or_stop_do_not_end_the_sweep(
     assert not [actor for actor in live_actors() if actor["ActorClassName"] in ("Feed", "SweepTrial", "RayTrainWorker")]
 
 
+@pytest.mark.long
 def test_asha_stops_trials_and_the_best_are_repeated(world: Path, tmp_path: Path, cluster: str) -> None:
     sweep = {
         "objectives": [{"name": "dpo", "beta": 0.5}],

@@ -87,6 +87,7 @@ def peaks(config: Path, *overrides: str) -> dict[str, float]:
     return dict(json.loads(outputs[1].splitlines()[-1]))
 
 
+@pytest.mark.long
 def test_zero_3_never_holds_a_whole_model_per_rank(world: Path, tmp_path: Path) -> None:
     """Neither while it loads (`zero.Init`) nor in forward and backward."""
     shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16, "num_attention_heads": 8}

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,13 @@ def test_every_shipped_config_loads() -> None:
     assert configs
     for path in configs:
         load_config(path)
+
+
+def test_tests_that_promises_point_to_exist() -> None:
+    root = PACKAGE.parent
+    named = set(re.findall(r"`(test_\w+)", (root / "docs" / "faults.md").read_text()))
+    tests = [path for path in (root / "tests").rglob("test_*.py") if path != Path(__file__)]
+    known = {path.stem for path in tests} | {
+        name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert {name for name in named if not any(each.startswith(name) for each in known)} == set()

@@ -2,36 +2,51 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from caldpo_ray.checkpoint_list import LIST_FILE, STATE_FILE, leave_out_newest, mend_list, newest_step, seal_name
+from caldpo_ray.checkpoint_list import (
+    LIST_FILE,
+    STATE_FILE,
+    leave_out_newest,
+    mend_list,
+    newest_step,
+    scores,
+    seal_name,
+)
+from caldpo_ray.config import Config
 from caldpo_ray.errors import NotReady, RunError
 
 KEPT = ("step-00000005", "step-00000010", "step-00000015")
 ACCURACY = {5: 0.9, 10: 0.5, 15: 0.7}
 
 
-def ray_manager(folder: Path) -> Any:
+def ranked_by(metric: str) -> Config:
+    values = {"model": {"name_or_path": "m"}, "data": {"train": "d"}, "objective": {"name": "dpo"}}
+    return Config.model_validate({"run": {"name": "r"}, "train": {"best_metric": metric}, **values})
+
+
+def ray_manager(folder: Path, metric: str = "accuracy", order: Literal["min", "max"] = "max", kept: int = 3) -> Any:
     """As a controller of Ray Train makes it: it reads the list."""
     from ray.train import CheckpointConfig
     from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
     from ray.train.v2._internal.execution.storage import StorageContext
 
-    config = CheckpointConfig(num_to_keep=3, checkpoint_score_attribute="accuracy", checkpoint_score_order="max")
+    config = CheckpointConfig(num_to_keep=kept, checkpoint_score_attribute=metric, checkpoint_score_order=order)
     return CheckpointManager(config, StorageContext(str(folder.parent), folder.name))
 
 
-def register(manager: Any, folder: Path, step: int) -> None:
+def register(manager: Any, folder: Path, step: int, scores: dict[str, float] | None = None) -> None:
     from ray.train import Checkpoint
     from ray.train.v2._internal.execution.training_report import _TrainingReport
 
     async def report() -> None:
         place = Checkpoint(str(folder / f"step-{step:08d}"), manager._storage_context.storage_filesystem)
-        metrics = {"step": step, "accuracy": ACCURACY.get(step, 0.6)}
+        metrics = {"step": step, **(scores or {"accuracy": ACCURACY.get(step, 0.6)})}
         manager.register_checkpoint(_TrainingReport(metrics=metrics, checkpoint=place, validation=False))
 
     asyncio.run(report())
@@ -68,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def mend(folder: Path) -> str | None:
-    return mend_list(folder, folder.parent / "metrics.jsonl")
+    return mend_list(folder, folder.parent / "metrics.jsonl", ranked_by("accuracy"))
 
 
 def test_a_list_that_is_true_is_left_alone(folder: Path) -> None:
@@ -76,6 +91,21 @@ def test_a_list_that_is_true_is_left_alone(folder: Path) -> None:
     assert mend(folder) is None
     assert (folder / LIST_FILE).read_bytes() == before
     assert newest_step(folder) == 15 and latest(folder) == KEPT[-1]
+
+
+@pytest.mark.parametrize(("metric", "order"), [("rewards/accuracies", "max"), ("loss", "min")])
+def test_a_checkpoint_without_an_evaluation_takes_no_place_of_one_that_has_one(
+    metric: str, order: Literal["min", "max"], tmp_path: Path
+) -> None:
+    """Nor does one whose evaluation is not finite, and Ray Train starts again from the list."""
+    config, folder = ranked_by(metric), tmp_path / "checkpoints"
+    assert config.best_is_smallest == (order == "min")
+    folder.mkdir()
+    for step, measured in ((5, {metric: 0.5}), (10, {}), (15, {metric: 0.7}), (20, {metric: math.nan}), (25, {})):
+        write(folder, step)
+        register(ray_manager(folder, metric, order, kept=2), folder, step, scores(config, measured))
+    kept = [Path(each.checkpoint.path).name for each in ray_manager(folder, metric, order).best_checkpoint_results]
+    assert sorted(kept) == ["step-00000005", "step-00000015", "step-00000025"], "the best two, and the newest"
 
 
 def test_a_new_run_has_none(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.train import ControllerError, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller.state import (
@@ -18,7 +19,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from caldpo_ray.interrupts import interrupts_answered, own_signals_kept
-from caldpo_ray.leaving import Leave, Requests
+from caldpo_ray.leaving import WORD, Leave, Listener, Requests, said_by_rank_0
 from caldpo_ray.regroup import AheadOfPreemption, Elastic
 
 MOVE, END = Leave("a node goes"), Leave("Ctrl-C", for_good=True)
@@ -46,6 +47,26 @@ def test_only_the_group_that_was_asked_moves_and_all_end() -> None:
         return [*heard, await told(requests, 9), await told(requests, 10)]
 
     assert asyncio.run(scenario()) == [None, MOVE, None, MOVE, None, END, END]
+
+
+@pytest.mark.parametrize(
+    ("heard", "save_due", "agreed"),
+    [
+        (None, False, (False, None)),
+        (None, True, (True, None)),
+        (MOVE, False, (True, Leave("", for_good=False))),
+        (MOVE, True, (True, Leave("", for_good=False))),
+        (END, True, (True, Leave("", for_good=True))),
+    ],
+)
+def test_other_ranks_do_what_rank_0_says_whatever_their_clocks(
+    heard: Leave | None, save_due: bool, agreed: tuple[bool, Leave | None]
+) -> None:
+    other = Listener(None, 1, rank=1)
+    own, _ = other.word(not save_due)[WORD]
+    totals = {WORD: (own + said_by_rank_0(heard, save_due), torch.tensor([0])), "loss": (torch.ones(1), torch.ones(1))}
+    assert other.agreed(totals) == agreed
+    assert list(totals) == ["loss"], "what was said is no metric"
 
 
 def test_sigterm_is_ctrl_c_also_after_ray_took_it() -> None:

@@ -67,6 +67,8 @@ def test_network_and_storage_are_counted_in_weights(config: Config) -> None:
         assert f"ZeRO-{stage}: {times * moved / 2**20:.1f} MiB in and out of each worker" in found, found
     state = weights * (2 + 12)  # as it is trained, and in float32 with Adam's two
     assert f"a checkpoint {state / 2**20:.1f} MiB" in lines(config) and "every 0 min" in lines(config)
+    by_the_clock = config.model_copy(update={"train": config.train.model_copy(update={"save_every": None})})
+    assert f"every 10 min, {state / 600 / 1e9:.2f} GB/s on average" in lines(by_the_clock)
 
 
 def test_the_reference_needs_a_third_or_a_quarter_of_the_policys_gpus(config: Config) -> None:

@@ -1,5 +1,6 @@
 """What leaves a worker in threads, without Ray; `tests/ray/test_spine.py` holds up and kills real uploads."""
 
+import math
 import resource
 import tempfile
 import threading
@@ -14,7 +15,7 @@ from torch import nn
 from caldpo_ray.checkpoint import _copy_of_state_dict
 from caldpo_ray.errors import RunError
 from caldpo_ray.run_dir import RunDir
-from caldpo_ray.uploads import Uploads, move_files, on_one_file_system, writing
+from caldpo_ray.uploads import Cadence, Uploads, move_files, on_one_file_system, writing
 
 
 @pytest.fixture
@@ -27,7 +28,18 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def uploads(run: Path, rank: int = 0) -> Uploads:
-    return Uploads(RunDir(run), rank, 60, lambda error: None)
+    return Uploads(RunDir(run), rank, 60, lambda error: None, Cadence(600))
+
+
+def test_the_clock_wants_a_checkpoint_ten_minutes_after_the_last_one_was_stored() -> None:
+    seconds = iter([100.0, 699.9, 700.0, 5_000.0, 5_000.0, 5_599.9, 5_600.0])
+    cadence = Cadence(600.0, lambda: next(seconds))
+    assert [cadence.due(), cadence.due()] == [False, True]
+    cadence.on_its_way()
+    assert not cadence.due(), "nobody waits for slow storage"
+    cadence.stored()
+    assert [cadence.due(), cadence.due()] == [False, True]
+    assert not Cadence(math.inf).due(), "steps decide"
 
 
 def test_a_model_is_written_while_its_giver_goes_on(tmp_path: Path, scratch: Path) -> None:
@@ -61,7 +73,7 @@ def test_what_a_model_fails_with_is_raised_at_the_next_one_and_at_the_end(tmp_pa
 
 def test_an_attempt_that_was_overtaken_replaces_no_model(tmp_path: Path, scratch: Path) -> None:
     older = RunDir(tmp_path).claim()
-    run = Uploads(older, 0, 60, lambda error: None)
+    run = Uploads(older, 0, 60, lambda error: None, Cadence(600))
     run.model(tmp_path / "best", Path.mkdir)
     run.finish_model()
     RunDir(tmp_path).claim()
@@ -78,7 +90,7 @@ def test_an_attempt_that_was_overtaken_replaces_no_model(tmp_path: Path, scratch
 
 def test_a_model_that_does_not_leave_is_not_waited_for_without_an_end(tmp_path: Path, scratch: Path) -> None:
     gate = threading.Event()
-    run = Uploads(RunDir(tmp_path), 0, 0.05, lambda error: None)
+    run = Uploads(RunDir(tmp_path), 0, 0.05, lambda error: None, Cadence(600))
     run.model(tmp_path / "best", lambda folder: gate.wait(60) and folder.mkdir())
     with pytest.raises(RunError, match=r"waited 0 s for the model on its way to"):
         run.finish_model()
