@@ -30,7 +30,7 @@ from caldpo_ray.access import look
 from caldpo_ray.errors import NotReady
 from tests.conftest import wait_until
 from tests.ray.runs import LiveRun, Run
-from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, alert_rules, build, cluster_of
+from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, alert_rules, cluster_of, written
 
 pytestmark = pytest.mark.ray
 JOB = "jobs/split-reference"
@@ -125,7 +125,7 @@ def autoscaling_config(folder: Path, gcs_port: int) -> Path:
     from ray.autoscaler._private.fake_multi_node import node_provider
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    spec = cluster_of(build(JOB, ("pvc",)))
+    spec = cluster_of(written(JOB))  # overlays change nothing of what is read here
     manifest = {"kind": "RayCluster", "metadata": {"name": "x", "namespace": "x"}, "spec": spec}
     config = _derive_autoscaling_config_from_ray_cr(manifest)
     types = config["available_node_types"]
@@ -277,7 +277,16 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def looked_at(cluster: LocalCluster) -> dict[str, str]:
-    """The cluster as `caldpo cluster check` sees it, with its token, with another one, and with none."""
+    """The cluster as `caldpo cluster check` sees it, with its token, with another one, and with none; and as a command does
+    that would join it with another one.
+    """
+    joining = {
+        "RAY_ADDRESS": (cluster.folder / "ray" / "ray_current_cluster").read_text(),
+        "RAY_AUTH_TOKEN": "a" * 40,
+        "RAY_NUM_REDIS_GET_RETRIES": "1",  # Ray would try for half a minute
+    }
+    command = ["caldpo", "train", str(cluster.project / "config.yaml"), f"run.output_dir={cluster.folder}/refused"]
+    driver = subprocess.Popen(command, env=cluster.environment | joining, text=True, stderr=subprocess.PIPE)
 
     def told() -> str:
         try:
@@ -298,6 +307,8 @@ def looked_at(cluster: LocalCluster) -> dict[str, str]:
             for variable, value in {"RAY_AUTH_MODE": "token", **variables}.items():
                 patch.setenv(variable, value)
             found[name] = told()
+    found["driver"] = driver.communicate(timeout=SECONDS)[1]
+    assert driver.returncode == 2, found["driver"]
     return found
 
 
@@ -417,6 +428,8 @@ def test_who_has_no_token_or_a_wrong_one_is_told(first: Seen) -> None:
     assert "labels {'caldpo.io/role': 'policy'}" in first.access["right"], "the nodes"
     assert "refuses the token of RAY_AUTH_TOKEN" in first.access["wrong"]
     assert "asks for a token and got none" in first.access["none"]
+    refused = r"refuses this process \(.*token is missing or incorrect\); export RAY_AUTH_MODE=token"
+    assert re.search(refused, first.access["driver"]), first.access["driver"]
 
 
 def test_rules_and_dashboard_are_about_metrics_that_exist(first: Seen) -> None:
