@@ -65,7 +65,7 @@ def require_shared(folder: Path, nodes: Sequence[Node], key: str = "run.output_d
         ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
         for answer, node in asked.items():
             told = _answer(answer) or ("" if (probe / node.node_id).exists() else _unshared(str(probe), key))
-            if told and node.node_id in {each.node_id for each in live_nodes()}:  # one that has just died is not used
+            if told and node.node_id in {each.node_id for each in live_nodes()}:  # one that is going is not used
                 raise NotReady(f"node {node.name}, labels {node.own_labels}: {told}")
     finally:
         with suppress(FileNotFoundError):

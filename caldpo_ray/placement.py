@@ -119,13 +119,15 @@ def _admits(rule: str, value: str | None) -> bool:
 
 
 def live_nodes(but: frozenset[str] = frozenset()) -> list[Node]:
-    """All nodes but those with these ids."""
+    """All nodes but those with these ids, and those that are about to go: Ray counts them as alive, and starts nothing there."""
     import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub is not whole
 
+    left_out = but | GcsClient(address=ray.get_runtime_context().gcs_address).get_draining_nodes().keys()
     return [
         Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels", {}), node["NodeID"])
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in but
+        if node["Alive"] and node["NodeID"] not in left_out
     ]
 
 

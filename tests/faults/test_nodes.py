@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from caldpo_ray.config import TrainSection
+from caldpo_ray.placement import live_nodes
 from tests.conftest import wait_until
 from tests.faults.conftest import NUM_STEPS, POLICY, Nodes, seconds_until_it_goes_on
 from tests.ray.runs import LiveRun, Run, assert_same, kill, pids, start, train, write_config
@@ -100,6 +101,7 @@ def test_a_node_that_is_about_to_go(config: Path, undisturbed: Run, nodes: Nodes
     run.wait_for_step(3)
     workers, going = pids("RayTrainWorker"), nodes.of("RayTrainWorker", 0)
     nodes.drain(going, 120)
+    assert going.node_id not in {node.node_id for node in live_nodes()}, "nothing new is meant for it"
     seconds = seconds_until_it_goes_on(run, workers)
     tell("a node that goes in 120 s", seconds, 120)
     saved = run.newest_checkpoint()
