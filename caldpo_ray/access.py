@@ -7,6 +7,7 @@ import re
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from caldpo_ray.errors import NotReady, last_line
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of a dashboard on this machine, or at the end of a `kubectl port-forward`
 SECONDS = 10.0  # for an answer
 OTHER_SERVER = "is something else than Ray's dashboard, whose port is 8265; 6379 is for processes that join the cluster"
+# On the one node of a cluster that was started for a process of ours alone.
+OWN_CLUSTER = {"caldpo.io/cluster": "own"}
 GIVE_TOKEN = (
     "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them (cluster/README.md)"
 )
@@ -36,6 +39,11 @@ def lost_cluster() -> str | None:
     except (OSError, ValueError):
         return address
     return None
+
+
+def is_our_own(labels: Iterable[dict[str, str]]) -> bool:
+    """Whether a cluster whose nodes have these labels is one: nobody adds a node to it, or takes one away."""
+    return any(OWN_CLUSTER.items() <= each.items() for each in labels)
 
 
 def refusal(error: Exception, where: str) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.access import lost_cluster, refusal
+from caldpo_ray.access import OWN_CLUSTER, lost_cluster, refusal
 from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
@@ -27,7 +27,7 @@ from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
 from caldpo_ray.node_check import require_alike
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, room_for_workers, scaling, this_node
+from caldpo_ray.placement import not_placed, require_placeable, room_for_workers, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from caldpo_ray.access import OWN_CLUSTER, is_our_own
 from caldpo_ray.config import Config
 from caldpo_ray.data import TOKENISE_CPUS
 from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.options import lowest
 
 Resources = dict[str, float]
-# On the one node of a cluster that `connect` started for this process alone.
-OWN_CLUSTER = {"caldpo.io/cluster": "own"}
 POLL_SECONDS = 1.0
 RESIZE_SECONDS = 10.0  # between two looks at whether workers can be added
 
@@ -132,8 +131,8 @@ def live_nodes(but: frozenset[str] = frozenset()) -> list[Node]:
 
 
 def may_grow(nodes: Sequence[Node]) -> bool:
-    """Whether waiting can help: nobody adds a node to a cluster that this process started for itself."""
-    return not any(OWN_CLUSTER.items() <= node.labels.items() for node in nodes)
+    """Whether waiting can help."""
+    return not is_our_own(node.labels for node in nodes)
 
 
 def require_placeable(
