@@ -97,7 +97,7 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     if run.read_status().get("state") == "complete" and holds_model(run.model):
         say(f"{run.path}: this run is complete; its model is in {run.model}")
         return run
-    _refuse_what_failed_before(config, run)
+    refuse_what_failed_before(config, run)
     for change in changes:
         say(f"changed since the last attempt: {change}")
     if config.sweep.objectives or config.sweep.space:
@@ -140,7 +140,7 @@ def _write_end(run: RunDir, config: Config, identity: str, error: BaseException)
         run.write_status("failed", 1, last_line(error), identity)
 
 
-def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
+def refuse_what_failed_before(config: Config, run: RunDir) -> None:
     """Job controllers start a failed command again and again: wrong input that nobody touched stays wrong."""
     status = run.read_status()
     if status.get("exit_code") == 2 and status.get("inputs") == input_stamp(config):
