@@ -151,7 +151,7 @@ def test_workers_come_and_go(config: Path, undisturbed: Run, nodes: Nodes, slow:
 def test_a_dead_reference_actor_stops_nobody(config: Path, large: Path, nodes: Nodes, slow: Path) -> None:
     """Its process, then its node. The reference is a large one, which is not done when training begins.
 
-    Nor does it end with the policy workers: others come, and the same reference goes on.
+    Nor does it end with the policy workers: others come, and find what it has answered.
     """
     nodes.have(3)
     where = "reference.label_selector={group: policy}"
@@ -162,9 +162,9 @@ def test_a_dead_reference_actor_stops_nobody(config: Path, large: Path, nodes: N
     before = pids("RayTrainWorker")
     kill(before[0])
     wait_until(lambda: len(set(pids("RayTrainWorker")) - set(before)) == 2, "a new group of workers")
-    os.kill(actors[0], signal.SIGCONT)
-    seconds_until_it_goes_on(run, before)
+    seconds_until_it_goes_on(run, before)  # what it has answered is known
     assert pids("ReferenceScorer") == actors, "the reference was not loaded again"
+    os.kill(actors[0], signal.SIGCONT)
     workers = pids("RayTrainWorker")
     kill(actors[0])
     again = wait_until(lambda: set(pids("ReferenceScorer")) - set(actors), "a reference actor in another process")
