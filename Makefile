@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-long faults cluster chaos soak bench lint
+.PHONY: install quickstart test test-long faults cluster hosts chaos soak bench workers lint
 
 install: $(STAMP)
 
@@ -46,10 +46,20 @@ cluster: install
 	@echo "Cluster: jobs sent to local raylets under Ray's autoscaler, as the manifests in cluster/kuberay have them (some minutes)"
 	@$(BIN)/python -m pytest tests/cluster
 
+# Skipped, with the reason, where root may not make network namespaces. `make hosts HOSTS="-k cut_off"`
+hosts: install
+	@echo "Hosts: raylets in network namespaces, one of which is cut off in mid-run, and others that lack something (some minutes)"
+	@$(BIN)/python -m pytest -s tests/hosts $(HOSTS)
+
 # `make bench BENCH="--repetitions 1 --skip scaling"` hands options on.
 bench: install
 	@echo "Benchmark: this project and TRL on the same rows, one after the other (about half an hour on two cores)"
 	@$(BIN)/python -m tests.benchmarks.throughput $(BENCH)
+
+# `make workers WORKERS="--workers 128"`
+workers: install
+	@echo "Workers: feed and store, asked by 512 policy workers without a model (some minutes)"
+	@$(BIN)/python -m tests.benchmarks.many_workers $(WORKERS)
 
 # `make chaos CHAOS="--kills 200 --seed 1"`
 chaos: install

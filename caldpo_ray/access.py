@@ -1,11 +1,13 @@
 """What stands between this process and a cluster, each thing in one message: address, token, version."""
 
+import http.client
 import json
 import os
 import re
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from caldpo_ray.errors import NotReady, last_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"  # of a dashboard on this machine, or at the end of a `kubectl port-forward`
 SECONDS = 10.0  # for an answer
+OTHER_SERVER = "is something else than Ray's dashboard, whose port is 8265; 6379 is for processes that join the cluster"
+# On the one node of a cluster that was started for a process of ours alone.
+OWN_CLUSTER = {"caldpo.io/cluster": "own"}
 GIVE_TOKEN = (
     "export RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as the cluster has them (cluster/README.md)"
 )
@@ -36,18 +41,33 @@ def lost_cluster() -> str | None:
     return None
 
 
+def is_our_own(labels: Iterable[dict[str, str]]) -> bool:
+    """Whether a cluster whose nodes have these labels is one: nobody adds a node to it, or takes one away."""
+    return any(OWN_CLUSTER.items() <= each.items() for each in labels)
+
+
 def refusal(error: Exception, where: str) -> str:
     """What to tell of the error with which Ray would not let this process join the cluster `where`."""
-    text = str(error)
+    text = "\n".join(_chain(error))
     if "Version mismatch" in text:
         theirs, ours = re.findall(r"Ray: (\S+)\s+Python: (\S+)", text)
         return (
             f"Ray: {where} runs Ray {theirs[0]} on Python {theirs[1]}, and this is Ray {ours[0]} on Python {ours[1]}; they must"
             " be the same: take the cluster's image, or install its versions here"
         )
-    if re.search(r"unauthenticated|authentication|\btoken\b", f"{type(error).__name__} {text}", re.I):
-        return f"Ray: {where} refuses this process ({last_line(error)}); {GIVE_TOKEN}"
+    if (said := re.search(r"^.*(unauthenticated|authentication|\btoken\b).*$", text, re.I | re.M)) is not None:
+        sentence, _, _ = said[0].partition(". ")  # Ray's own advice follows
+        return f"Ray: {where} refuses this process ({sentence}); {GIVE_TOKEN}"
     return f"Ray: {where} cannot be used ({last_line(error)}); check RAY_ADDRESS, or unset it"
+
+
+def _chain(error: BaseException | None) -> list[str]:
+    """Of the error and of what it came from: Ray says of a wrong token that it failed to connect, and why in the cause."""
+    found = []
+    while error is not None:
+        found.append(f"{type(error).__name__}: {error}")
+        error = error.__cause__
+    return found
 
 
 def look(address: str) -> list[str]:
@@ -82,12 +102,14 @@ def _ask(address: str, path: str) -> dict[str, Any]:
         raise NotReady(f"{address}: answers {error.code} to {path}; is this Ray's dashboard?") from None
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(error, json.JSONDecodeError):
-            raise NotReady(f"{address}: is something else than Ray's dashboard") from None
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise NotReady(f"{address}: {OTHER_SERVER}") from None
         raise NotReady(
             f"{address}: no answer ({reason}); is the cluster up, and does `kubectl port-forward svc/NAME-head-svc 8265:8265` run?"
             " RAY_API_SERVER_ADDRESS or --address is another address"
         ) from None
+    except http.client.HTTPException:  # of a server that does not speak HTTP, as the one whose port `ray start` prints
+        raise NotReady(f"{address}: {OTHER_SERVER}") from None
     return found
 
 
@@ -95,10 +117,16 @@ def _token() -> tuple[str, str]:
     """(the token that `ray job submit` would send, where it comes from); empty where it would send none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         return "", ""
-    if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return given, "RAY_AUTH_TOKEN"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return (path.read_text().strip(), str(path)) if path.is_file() else ("", "")
+    token, source = os.environ.get("RAY_AUTH_TOKEN", "").strip(), "RAY_AUTH_TOKEN"
+    if not token:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        try:
+            token, source = path.read_text(errors="replace").strip() if path.is_file() else "", str(path)
+        except OSError as error:
+            raise NotReady(f"{path}: the token in it cannot be read ({error.strerror}); {GIVE_TOKEN}") from None
+    if not re.fullmatch("[!-~]*", token):  # the error of a header that cannot be sent would show it
+        raise NotReady(f"{source}: holds no token, which is one word of ASCII; {GIVE_TOKEN}")
+    return token, source
 
 
 def _describe(node: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ def input_stamp(config: Config) -> str:
     """Digest of the config and of every file that it names, by size and time of change (remote files: by fingerprint)."""
     sources = [source for source in (config.data.train, config.data.eval) if isinstance(source, str)]
     paths = [config.model.name_or_path, config.reference.name_or_path, config.train.deepspeed.config]
-    functions = [config.data.format, config.objective.name]
+    compared = [entry if isinstance(entry, str) else str(entry.get("name")) for entry in config.sweep.objectives]
+    functions = [config.data.format, config.objective.name, *compared]
     facts = [
         version("caldpo-ray"),
         config.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.access import lost_cluster, refusal
+from caldpo_ray.access import OWN_CLUSTER, lost_cluster, refusal
 from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
@@ -27,7 +27,7 @@ from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model, tell_of_code
 from caldpo_ray.node_check import require_alike
-from caldpo_ray.placement import OWN_CLUSTER, not_placed, require_placeable, room_for_workers, scaling, this_node
+from caldpo_ray.placement import not_placed, require_placeable, room_for_workers, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -97,7 +97,7 @@ def _train(config: Config, fresh: bool, verbose: bool) -> RunDir:
     if run.read_status().get("state") == "complete" and holds_model(run.model):
         say(f"{run.path}: this run is complete; its model is in {run.model}")
         return run
-    _refuse_what_failed_before(config, run)
+    refuse_what_failed_before(config, run)
     for change in changes:
         say(f"changed since the last attempt: {change}")
     if config.sweep.objectives or config.sweep.space:
@@ -140,7 +140,7 @@ def _write_end(run: RunDir, config: Config, identity: str, error: BaseException)
         run.write_status("failed", 1, last_line(error), identity)
 
 
-def _refuse_what_failed_before(config: Config, run: RunDir) -> None:
+def refuse_what_failed_before(config: Config, run: RunDir) -> None:
     """Job controllers start a failed command again and again: wrong input that nobody touched stays wrong."""
     status = run.read_status()
     if status.get("exit_code") == 2 and status.get("inputs") == input_stamp(config):

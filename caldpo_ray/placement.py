@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from caldpo_ray.access import OWN_CLUSTER, is_our_own
 from caldpo_ray.config import Config
 from caldpo_ray.data import TOKENISE_CPUS
 from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.options import lowest
 
 Resources = dict[str, float]
-# On the one node of a cluster that `connect` started for this process alone.
-OWN_CLUSTER = {"caldpo.io/cluster": "own"}
 POLL_SECONDS = 1.0
 RESIZE_SECONDS = 10.0  # between two looks at whether workers can be added
 
@@ -119,19 +118,21 @@ def _admits(rule: str, value: str | None) -> bool:
 
 
 def live_nodes(but: frozenset[str] = frozenset()) -> list[Node]:
-    """All nodes but those with these ids."""
+    """All nodes but those with these ids, and those that are about to go: Ray counts them as alive, and starts nothing there."""
     import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub is not whole
 
+    left_out = but | GcsClient(address=ray.get_runtime_context().gcs_address).get_draining_nodes().keys()
     return [
         Node(node["NodeManagerAddress"], node["Resources"], node.get("Labels", {}), node["NodeID"])
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in but
+        if node["Alive"] and node["NodeID"] not in left_out
     ]
 
 
 def may_grow(nodes: Sequence[Node]) -> bool:
-    """Whether waiting can help: nobody adds a node to a cluster that this process started for itself."""
-    return not any(OWN_CLUSTER.items() <= node.labels.items() for node in nodes)
+    """Whether waiting can help."""
+    return not is_our_own(node.labels for node in nodes)
 
 
 def require_placeable(

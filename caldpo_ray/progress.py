@@ -142,10 +142,7 @@ class Watcher:
             self._news.append(describe_places(progress.places.values()))
             self._placed = True
         reference = progress.reference
-        self._published.show({"worker_group_starts": progress.num_starts})
-        if reference:
-            numbers = {name: value for name, value in vars(reference).items() if isinstance(value, int | float)}
-            self._published.show({f"reference/{name}": value for name, value in numbers.items()})
+        self._published.show_progress(progress)
         if (
             reference
             and reference.scored

@@ -1,10 +1,10 @@
 """A run's numbers on Ray's metrics ports, for Prometheus: `rewards/margins` of `metrics.jsonl` is `ray_caldpo_rewards_margins`.
 
-Every series has the label `run`, those of metrics lines `split` too. Seconds of waiting add up (counters); all else is the
-newest value. `cluster/monitoring/` has rules and a dashboard on these names.
+Every series has the label `run`, those of metrics lines `split` too; for a trial `run` is its sweep, and there is a label `trial`.
+Seconds of waiting add up (counters); all else is the newest value. `cluster/monitoring/` has rules and a dashboard on these names.
 """
 
-from collections.abc import Mapping
+import math
 from typing import Any
 
 from caldpo_ray.loggers import Line, scalars
@@ -21,13 +21,14 @@ def metric_name(key: str) -> str:
 class RunMetrics:
     """Publishes from the process that calls it; Ray forgets a series some time after its process ended."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, name: str, sweep: str | None = None) -> None:
+        self._place = {"run": name} if sweep is None else {"run": sweep, "trial": name}
         self._known: dict[str, Any] = {}
+        self._shown: set[str] = set()
 
     def show_line(self, line: Line) -> None:
         """A line of `metrics.jsonl`, from the process that writes it."""
-        tags = {"run": self._run, "split": line["split"]}
+        tags = {**self._place, "split": line["split"]}
         self._set("step", line["step"], tags)
         for name, value in scalars(line).items():
             key = name.removeprefix(f"{line['split']}/")
@@ -36,10 +37,20 @@ class RunMetrics:
             else:
                 self._set(key, value, tags)
 
-    def show(self, values: Mapping[str, float]) -> None:
-        """Numbers that belong to no split."""
+    def show_progress(self, progress: Any) -> None:
+        """The feed's `Progress`, from the process that asks for it."""
+        values: dict[str, Any] = {"worker_group_starts": progress.num_starts}
+        if progress.reference is not None:
+            values |= {f"reference/{name}": value for name, value in vars(progress.reference).items()}
         for key, value in values.items():
-            self._set(key, value, {"run": self._run})
+            if isinstance(value, int | float):
+                self._set(key, value, self._place)
+                self._shown.add(key)
+
+    def end_progress(self) -> None:
+        """No number any more, in a process that lives longer than the run: Ray would go on with the last one."""
+        for key in self._shown:
+            self._set(key, math.nan, self._place)
 
     def _set(self, key: str, value: float, tags: dict[str, str]) -> None:
         from ray.util.metrics import Gauge

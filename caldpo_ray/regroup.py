@@ -87,8 +87,8 @@ class AheadOfPreemption(ControllerCallback):  # type: ignore[misc]
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
-        """Asked at every turn of the control loop."""
-        if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
+        """Asked at every turn of the control loop, and asks each time: workers that start hear only what is asked from then on."""
+        if isinstance(current_state, PreemptingState):
             ranks = current_state.preemption_info.preempted_ranks
             self._ask_to_move(f"the node of {_named(ranks)} is about to go, and the run goes on elsewhere")
 

@@ -47,7 +47,7 @@ class SweepSection(Section):
     searcher: Literal["grid", "random", "optuna"] = "grid"
     """Where points come from; optuna is TPE."""
     max_concurrent: PositiveInt | None = None
-    """Trials at once; default: what the cluster has room for."""
+    """Trials at once, for which nodes are asked for; default: what the nodes that are there have room for."""
     stop: StopSection = StopSection()
 
 

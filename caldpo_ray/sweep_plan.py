@@ -1,12 +1,14 @@
 """What a sweep will do, settled and checked before anything starts."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from caldpo_ray.comparison import BASELINE
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, NotReady
-from caldpo_ray.placement import Node, bundles, unplaced
+from caldpo_ray.placement import POLL_SECONDS, Node, ask_autoscaler, bundles, live_nodes, may_grow, unplaced
+from caldpo_ray.progress import say
 from caldpo_ray.search_space import (
     Contestant,
     Point,
@@ -132,14 +134,31 @@ def _require_stop_rules(plan: Plan) -> None:
             )
 
 
-def require_room(config: Config, nodes: list[Node]) -> None:
-    """Raises NotReady where the cluster has no room for as many trials at once as the config asks for."""
+def require_room(config: Config) -> None:
+    """Wait for room for as many trials at once as the config asks for: as long as a run waits, and not where no node can come.
+
+    Raises NotReady where there is none then.
+    """
     asked = config.sweep.max_concurrent
-    if asked is not None and (fits := _room(config, nodes, asked, 0.0)) < asked:
-        raise NotReady(
-            f"sweep.max_concurrent = {asked}: the cluster has room for {fits} trials of {config.train.most_workers} workers at"
-            " once; lower it, or lower train.num_cpus_per_worker or train.num_gpus_per_worker"
-        )
+    if asked is None:
+        return
+    wait, workers = config.train.placement_timeout_seconds, bundles(config, needs_reference=False)[0]
+    deadline, announced = time.monotonic() + wait, False
+    try:
+        while (fits := _room(config, nodes := live_nodes(), asked, 0.0)) < asked:
+            if time.monotonic() > deadline or not may_grow(nodes):
+                raise NotReady(
+                    f"sweep.max_concurrent = {asked}: the cluster has room for {fits} trials of {len(workers)} workers at once;"
+                    " lower it, or lower train.num_cpus_per_worker or train.num_gpus_per_worker"
+                )
+            if not announced:
+                say(f"waiting up to {wait:.0f} s for the cluster to have room for {asked} trials at once")
+                announced = True
+            ask_autoscaler(workers * asked)
+            time.sleep(POLL_SECONDS)
+    finally:
+        if announced:  # what is scored first needs less, and trials that find no node ask for it
+            ask_autoscaler([])
 
 
 def num_at_once(config: Config, nodes: list[Node], num_trials: int) -> int:

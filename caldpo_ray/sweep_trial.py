@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
+import ray
 from pydantic import ValidationError
 from ray.exceptions import RayError
 from ray.tune import Trainable
@@ -25,6 +26,7 @@ from caldpo_ray.errors import Diverged, InputError, last_line
 from caldpo_ray.models import holds_model
 from caldpo_ray.options import explain
 from caldpo_ray.pipeline import Prepared, attempt, finish, fit
+from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.run_dir import open_run_dir, read_metrics
 from caldpo_ray.search_space import Contestant
 from caldpo_ray.storage import is_remote, remove_tree
@@ -32,7 +34,8 @@ from caldpo_ray.sweep_dir import SweepDir, Trial
 from caldpo_ray.trainer import start_controller
 from caldpo_ray.waiting import FEED_SECONDS, wait_for
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, SLOW_POLL_SECONDS = 0.5, 2.0
+ANSWER_SECONDS = 5.0
 END_SECONDS = 60.0  # for a training to end by itself; workers that wait for resources cannot
 
 
@@ -79,10 +82,16 @@ def trial_config(
 
 
 class Evaluations:
-    """Watches one training as `fit` asks: hands on the evaluations as they come, and can end it."""
+    """Watches one training as `fit` asks: hands on the evaluations as they come, publishes its progress, and can end it."""
 
-    def __init__(self, events: SimpleQueue[Any], heard: Callable[[Mapping[str, Any]], Any], reports: bool) -> None:
-        self._events, self._heard, self._reports = events, heard, reports
+    def __init__(
+        self,
+        events: SimpleQueue[Any],
+        heard: Callable[[Mapping[str, Any]], Any],
+        reports: bool,
+        published: RunMetrics,
+    ) -> None:
+        self._events, self._heard, self._reports, self._published = events, heard, reports, published
         self._feed: Any = None
         self._over = threading.Event()
         self.ended = ""
@@ -96,14 +105,15 @@ class Evaluations:
         self._over.clear()
         if self.ended:
             self.end(self.ended)
-        if self._reports:
-            threading.Thread(target=self._follow, name="evaluations", daemon=True).start()
+        self._thread = threading.Thread(target=self._follow, name="evaluations", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        self._thread.join()
 
     def end(self, reason: str) -> None:
         """Workers stop before their next step, by themselves: nothing is killed, and all that they held is free."""
@@ -113,15 +123,22 @@ class Evaluations:
                 wait_for(self._feed.fail.remote(Diverged.__name__, reason), "the feed", FEED_SECONDS)
 
     def _follow(self) -> None:
-        told = 0
-        pause = POLL_SECONDS * (4 if is_remote(self._metrics) else 1)
+        told, pause = 0, POLL_SECONDS if self._reports and not is_remote(self._metrics) else SLOW_POLL_SECONDS
         while not self._over.wait(pause):
-            with suppress(OSError, InputError):  # storage that is away for a moment; the next look finds all
-                lines = [line for line in read_metrics(self._metrics) if line["split"] == "eval"]
-                for line in lines[told:]:
-                    if line["step"] < self._num_steps:  # the last one comes with the end
-                        self._events.put(self._heard(line))
-                told = len(lines)
+            with suppress(RayError):  # it is being started again, or went with the training
+                self._published.show_progress(ray.get(self._feed.progress.remote(), timeout=ANSWER_SECONDS))
+            if self._reports:
+                with suppress(OSError, InputError):  # storage that is away for a moment; the next look finds all
+                    told = self._hand_on(told)
+        self._published.end_progress()
+
+    def _hand_on(self, told: int) -> int:
+        """Evaluations beyond so many; how many there are."""
+        lines = [line for line in read_metrics(self._metrics) if line["split"] == "eval"]
+        for line in lines[told:]:
+            if line["step"] < self._num_steps:  # the last one comes with the end
+                self._events.put(self._heard(line))
+        return len(lines)
 
 
 class SweepTrial(Trainable):  # type: ignore[misc]
@@ -164,7 +181,8 @@ class SweepTrial(Trainable):  # type: ignore[misc]
 
     def _begin(self, trial: Trial) -> None:
         self._events: SimpleQueue[Any] = SimpleQueue()
-        self._evaluations = Evaluations(self._events, self._shared.heard, self._shared.reports)
+        published = RunMetrics(trial.name, self._shared.prepared.sweep)
+        self._evaluations = Evaluations(self._events, self._shared.heard, self._shared.reports, published)
         self._thread = threading.Thread(target=self._run, args=(trial, self._events), name="trial", daemon=True)
         self._thread.start()
 

@@ -19,8 +19,9 @@ from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS
 from caldpo_ray.errors import InputError, find_error
 from caldpo_ray.feed import count_halves, schedules, split_rows
+from caldpo_ray.node_check import require_shared_store
 from caldpo_ray.objective_parameters import parse_objective
-from caldpo_ray.pipeline import Prepared, connect, get, prepare
+from caldpo_ray.pipeline import Prepared, attempt, connect, get, prepare, refuse_what_failed_before
 from caldpo_ray.placement import live_nodes, require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
@@ -49,17 +50,21 @@ def _sweep(config: Config, verbose: bool) -> SweepDir:
     require_lasting_folders(config)
     plan = make_plan(config, SweepDir(open_path(config.run_dir).absolute()))
     home = open_sweep_dir(config)
+    run = RunDir(home.path)
+    refuse_what_failed_before(config, run)
     for label in plan.contestants:
         say(_describe_contestant(plan, label))
     say(
         f"{plan.num_trials} trials: {len(plan.contestants)} objectives, {plan.num_points} points each, seeds {plan.seeds}"
     )
-    if _is_complete(plan, home):
-        say(f"{home.path}: this sweep is complete")
-    else:
-        connect(verbose)
-        _run(plan, home)
-    conclude(plan, home, _all_trials(plan, home))
+    with attempt(config, run.claim()):
+        if _is_complete(plan, home):
+            say(f"{home.path}: this sweep is complete")
+        else:
+            connect(verbose)
+            with full_disk_told(config.run_dir):
+                _run(plan, home)
+        conclude(plan, home, _all_trials(plan, home))
     return home
 
 
@@ -91,7 +96,7 @@ def _run(plan: Plan, home: SweepDir) -> None:
     from caldpo_ray.sweep_search import Listed, make_scheduler
     from caldpo_ray.sweep_trial import Shared
 
-    require_room(plan.config, live_nodes())  # refused, if so, before anything is read or scored
+    require_room(plan.config)  # refused, if so, before anything is read or scored
     prepared = _prepare_once(plan, home)
     nodes = live_nodes()
     at_once = num_at_once(plan.config, nodes, plan.num_trials)
@@ -185,6 +190,7 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
         return
     if job.store is None:
         raise InputError("reference.store = null: a sweep scores the reference once and keeps it there; name a folder")
+    require_shared_store(prepared.config)
     require_placeable(prepared.config, True, needs_data=False)
     counting = _task(plan, _rows_to_score).remote(prepared.config, prepared.folders, plan.seeds, job.store)
     order, joined = get(counting, "a task that counts the rows to score", prepared.config)

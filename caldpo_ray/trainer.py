@@ -29,6 +29,7 @@ from ray.train.v2._internal.constants import (
 )
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from caldpo_ray.access import is_our_own
 from caldpo_ray.allocator import keep_freed_memory
 from caldpo_ray.config import TrainSection
 from caldpo_ray.imports import large_imports
@@ -152,11 +153,11 @@ class Controller:
 
 
 def _controller_variables() -> dict[str, str]:
-    """What the user set, else how often to poll, and no watch for nodes being drained on a cluster of this host alone."""
-    watch = "1" if "RAY_ADDRESS" in os.environ else "0"
+    """What the user set, else how often to poll, and a watch for nodes being drained where there are others to go to."""
+    alone = is_our_own(node.get("Labels", {}) for node in ray.nodes())
     defaults = {
         HEALTH_CHECK_INTERVAL_S_ENV_VAR: CONTROLLER_POLL_SECONDS,
-        ENABLE_PREEMPTION_WATCHER_ENV_VAR: watch,
+        ENABLE_PREEMPTION_WATCHER_ENV_VAR: "0" if alone else "1",
         PREEMPTION_POLL_INTERVAL_S_ENV_VAR: PREEMPTION_POLL_SECONDS,
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}

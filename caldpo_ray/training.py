@@ -89,7 +89,7 @@ class PolicyWorker:
         self.uploads = Uploads(self.run, self.rank, self.wait_seconds, partial(tell_failure, settings), self.cadence)
         self.waits = {"wait/reference_seconds": 0.0, "wait/feed_seconds": 0.0, "wait/checkpoint_seconds": 0.0}
         self.loggers: list[Logger] = []
-        self.published = RunMetrics(self.run.path.name)
+        self.published = RunMetrics(self.run.path.name, settings["sweep"])
         self.log = log_of_rank(settings)
         if self.rank == 0:
             self.loggers = open_loggers(

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice, repeat
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -17,22 +17,24 @@ from caldpo_ray.errors import RunError
 Item = TypeVar("Item")
 FEED_SECONDS = 60.0  # for an answer that takes the feed no time
 POLL_SECONDS = 2.0
+FIRST_LOOK = 0.1  # of the time that something is waited for: then one looks how far it is
 DUMPED_AT = 0.8  # of the time that others wait for a rank: its stacks are there when they give up
 
 
 def wait_for(reference: Any, what: str, seconds: float, news: Callable[[], Any] = lambda: None) -> Any:
     """The value of a Ray reference. Raises what its task raised, and RunError naming `what` after so many seconds.
 
-    They begin anew whenever what `news` returns has changed: what goes on, however slowly, is waited for. It is asked only when
-    the seconds are over, for most waits are short; so the first change counts from None.
+    They begin anew whenever what `news` returns has changed: what goes on, however slowly, is waited for. It is asked first after
+    a tenth of them, for most waits are shorter than that.
     """
     import ray
     from ray.exceptions import GetTimeoutError
 
-    known = None
+    known: Any = object()  # like no news
+    parts = chain([FIRST_LOOK * seconds, (1 - FIRST_LOOK) * seconds], repeat(seconds))
     while True:
         try:
-            return ray.get(reference, timeout=seconds)
+            return ray.get(reference, timeout=next(parts))
         except GetTimeoutError:
             before, known = known, news()
             if before == known:
@@ -42,9 +44,35 @@ def wait_for(reference: Any, what: str, seconds: float, news: Callable[[], Any] 
 def overdue(what: str, seconds: float) -> RunError:
     """What a wait ends with."""
     return RunError(
-        f"waited {seconds:.0f} s for {what}, and nothing came; the same command goes on from the last checkpoint, and"
-        " train.wait_timeout_seconds is how long the run is to wait"
+        f"waited {seconds:.0f} s for {what}, and nothing came{_without_room()}; the same command goes on from the last checkpoint,"
+        " and train.wait_timeout_seconds is how long the run is to wait"
     )
+
+
+def _without_room() -> str:
+    """A clause about the actors and tasks of this cluster, whoever started them, that are on no node yet."""
+    import ray
+    from ray._private.worker import global_worker
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+    from ray.exceptions import RayError
+
+    if not ray.is_initialized():
+        return ""
+    try:
+        found = get_cluster_resource_state(global_worker.gcs_client).pending_resource_requests
+        free = ray.available_resources()
+    except RayError:
+        return ""
+    waiting = " and ".join(f"{each.count} process{'es' * (each.count > 1)} of {_needs(each.request)}" for each in found)
+    have = f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
+    return f"; Ray has no room for {waiting}, with {have} in the whole cluster" if waiting else ""
+
+
+def _needs(request: Any) -> str:
+    """Of one of Ray's requests for resources."""
+    needs = ", ".join(f"{amount:g} {kind}" for kind, amount in sorted(request.resources_bundle.items()))
+    labels = [rule.label_key for selector in request.label_selectors for rule in selector.label_constraints]
+    return f"{needs} on a node chosen by its {', '.join(labels)}" if labels else needs
 
 
 def each_within(items: Iterable[Item], what: str, seconds: float) -> Iterator[Item]:

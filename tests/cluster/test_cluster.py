@@ -16,7 +16,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from caldpo_ray.access import look
 from caldpo_ray.errors import NotReady
 from tests.conftest import wait_until
 from tests.ray.runs import LiveRun, Run
-from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, alert_rules, build, cluster_of
+from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, alert_rules, cluster_of, written
 
 pytestmark = pytest.mark.ray
 JOB = "jobs/split-reference"
@@ -55,9 +55,10 @@ class LocalCluster:
     url: str
     """Of the dashboard."""
 
-    def ask(self, path: str) -> Any:
+    def ask(self, path: str, method: str = "GET") -> Any:
         token = (self.folder / ".ray" / "auth_token").read_text()
-        request = urllib.request.Request(f"{self.url}{path}", headers={"X-Ray-Authorization": f"Bearer {token}"})
+        headers = {"X-Ray-Authorization": f"Bearer {token}"}
+        request = urllib.request.Request(f"{self.url}{path}", headers=headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
@@ -69,10 +70,18 @@ class LocalCluster:
             ["ray", *arguments], env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
-    def submit(self, *command: str, runtime_env: Path | None = None) -> subprocess.Popen[str]:
-        """Sent with the folder of configs, as a user sends it from a laptop."""
-        how = ["--working-dir", str(self.project)] if runtime_env is None else ["--runtime-env", str(runtime_env)]
+    def submit(self, *command: str, by_file: bool = False) -> subprocess.Popen[str]:
+        """Sent with the folder of configs, as a user sends it from a laptop; the runtime environment in a YAML file or not."""
+        how = ["--working-dir", str(self.project)]
+        if by_file:
+            settings = {"working_dir": str(self.project), "env_vars": {"HF_HUB_OFFLINE": "1"}}
+            (self.folder / "env.yaml").write_text(yaml.safe_dump(settings))
+            how = ["--runtime-env", str(self.folder / "env.yaml")]
         return self.ray("job", "submit", *how, "--", *command)
+
+    def running_job(self) -> str:
+        (job,) = [each["submission_id"] for each in self.state("jobs") if each["status"] == "RUNNING"]
+        return str(job)
 
     @property
     def project(self) -> Path:
@@ -125,7 +134,7 @@ def autoscaling_config(folder: Path, gcs_port: int) -> Path:
     from ray.autoscaler._private.fake_multi_node import node_provider
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    spec = cluster_of(build(JOB, ("pvc",)))
+    spec = cluster_of(written(JOB))  # overlays change nothing of what is read here
     manifest = {"kind": "RayCluster", "metadata": {"name": "x", "namespace": "x"}, "spec": spec}
     config = _derive_autoscaling_config_from_ray_cr(manifest)
     types = config["available_node_types"]
@@ -166,14 +175,33 @@ def environments(folder: Path, ports: list[int]) -> tuple[dict[str, str], dict[s
     }  # fmt: skip
 
 
+def add_group_of_sweeps(autoscaling: Path) -> None:
+    """From zero, as the autoscaling overlay has it; the label is that of this test, to tell its nodes from the others."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    spec = cluster_of([yaml.safe_load((KUBERAY / "jobs/sweep/rayjob.yaml").read_text())])
+    (group,) = spec["workerGroupSpecs"]
+    group |= {"labels": {"caldpo.io/role": "sweep"}, "replicas": 0, "minReplicas": 0}
+    manifest = {"kind": "RayCluster", "metadata": {"name": "x", "namespace": "x"}, "spec": spec}
+    sweeps = _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"][group["groupName"]]
+    sweeps["resources"].pop("memory", None)
+    sweeps["resources"]["object_store_memory"] = 100_000_000
+    config = yaml.safe_load(autoscaling.read_text())
+    config["available_node_types"]["sweep"] = sweeps
+    config["max_workers"] += sweeps["max_workers"]
+    autoscaling.write_text(yaml.safe_dump(config))
+
+
 @contextmanager
-def local_cluster() -> Iterator[LocalCluster]:
+def local_cluster(for_sweeps: bool = False) -> Iterator[LocalCluster]:
     folder = Path(tempfile.mkdtemp(prefix="k"))  # short: sockets lie in it
     ports = [free_port() for _ in range(3)]
     common, of_the_cluster = environments(folder, ports)
     shutil.copytree(KUBERAY / JOB, folder / "project")
     shutil.copy(KUBERAY / "jobs/sweep/config.yaml", folder / "project" / "sweep.yaml")
     config = autoscaling_config(folder, ports[0])
+    if for_sweeps:
+        add_group_of_sweeps(config)
     options = ["--num-cpus=0", f"--autoscaling-config={config}", f"--dashboard-agent-listen-port={free_port()}"]
     with (folder / "start.log").open("w") as log:
         command = [str(CLUSTER / "single-node" / "start.sh"), *options]
@@ -241,14 +269,15 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def first(storage: Path, command: list[str]) -> Seen:
-    """The run up to a checkpoint on a cluster that then dies, and beside it two jobs that cannot work."""
+    """The run up to a checkpoint on a cluster that then dies, and beside it jobs that cannot work."""
     live_path = storage / "runs" / "split"
     with local_cluster() as cluster, prometheus(cluster) as server:
         live = LiveRun(live_path, cluster.submit(*command))
         nowhere = ["run.name=nowhere", "train.label_selector={caldpo.io/role: nowhere}"]
         wrong = {
             "nowhere": cluster.submit(*command, *nowhere, "train.placement_timeout_seconds=2"),
-            "relative": cluster.submit("caldpo", "train", "config.yaml"),
+            "relative": cluster.submit("caldpo", "train", "config.yaml", by_file=True),
+            "relative sweep": cluster.submit("caldpo", "sweep", "sweep.yaml"),
         }
         access = looked_at(cluster)
         printed = {name: ended(process) for name, process in wrong.items()}
@@ -277,7 +306,16 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def looked_at(cluster: LocalCluster) -> dict[str, str]:
-    """The cluster as `caldpo cluster check` sees it, with its token, with another one, and with none."""
+    """The cluster as `caldpo cluster check` sees it, with its token, with another one, and with none; and as a command does
+    that would join it with another one.
+    """
+    joining = {
+        "RAY_ADDRESS": (cluster.folder / "ray" / "ray_current_cluster").read_text(),
+        "RAY_AUTH_TOKEN": "a" * 40,
+        "RAY_NUM_REDIS_GET_RETRIES": "1",  # Ray would try for half a minute
+    }
+    command = ["caldpo", "train", str(cluster.project / "config.yaml"), f"run.output_dir={cluster.folder}/refused"]
+    driver = subprocess.Popen(command, env=cluster.environment | joining, text=True, stderr=subprocess.PIPE)
 
     def told() -> str:
         try:
@@ -298,32 +336,79 @@ def looked_at(cluster: LocalCluster) -> dict[str, str]:
             for variable, value in {"RAY_AUTH_MODE": "token", **variables}.items():
                 patch.setenv(variable, value)
             found[name] = told()
+    found["driver"] = driver.communicate(timeout=SECONDS)[1]
+    assert driver.returncode == 2, found["driver"]
     return found
 
 
 @pytest.fixture(scope="module")
 def second(first: Seen) -> Iterator[LocalCluster]:
-    with local_cluster() as cluster:
+    with local_cluster(for_sweeps=True) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def finished(first: Seen, second: LocalCluster, storage: Path, command: list[str]) -> tuple[Run, str, str]:
-    """(the run, log of the second submission, output of the third): by a YAML file and stopped, and once more."""
+    """(the run, log of the second submission, output of the third): stopped, and once more by a YAML file."""
     before = json.loads((storage / "runs" / "split" / "status.json").read_text())
     assert before["state"] == "running", "nobody could write that it ended"
-    runtime_env = second.folder / "env.yaml"
-    runtime_env.write_text(yaml.safe_dump({"working_dir": str(second.project), "env_vars": {"HF_HUB_OFFLINE": "1"}}))
-    live = LiveRun(storage / "runs" / "split", second.submit(*command, runtime_env=runtime_env))
+    live = LiveRun(storage / "runs" / "split", second.submit(*command))
     live.wait_for_checkpoint(live.newest_checkpoint() + SAVE_EVERY)
-    (job,) = [each["submission_id"] for each in second.state("jobs") if each["status"] == "RUNNING"]
+    job = second.running_job()
     stop = second.ray("job", "stop", job)
     assert stop.wait(120) == 0, stop.communicate()[0]
     live.process.communicate(timeout=60)  # the client may leave before the last lines
     stopped = second.ask(f"/api/jobs/{job}/logs")["logs"]
     assert json.loads((live.path / "status.json").read_text())["state"] == "interrupted", stopped
-    live = LiveRun(live.path, second.submit(*command))
+    live = LiveRun(live.path, second.submit(*command, by_file=True))
     return live, stopped, live.finish(seconds=SECONDS)
+
+
+@dataclass
+class Swept:
+    home: Path
+    printed: list[str]
+    """Logs of the submission that was stopped after the first trial, and of the one that went on."""
+    before: dict[Path, int]
+    """{outcome of a trial: its time} when it was stopped."""
+    status: dict[str, Any]
+    """What it left then."""
+    published: set[str]
+    """Label sets of a series of the process that drives a trial."""
+    places: dict[str, set[str | None]]
+
+
+@pytest.fixture(scope="module")
+def swept(finished: tuple[Run, str, str], second: LocalCluster, storage: Path, small: tuple[str, ...]) -> Swept:
+    """Two trials, one after the other, on the group of sweeps; stopped after the first one, and sent again by a YAML file."""
+    settings = [
+        "run.name=sweep", "train.max_steps=4", "train.save_every=4", "train.eval_every=4", "sweep.objectives=[dpo]",
+        "sweep.space={dpo: {beta: [0.1]}}", "sweep.seeds=2", "sweep.max_concurrent=1",
+        "train.label_selector={caldpo.io/role: sweep}",
+    ]  # fmt: skip
+    command, home = ["caldpo", "sweep", "sweep.yaml", *small, *settings], storage / "runs" / "sweep"
+    job = second.submit(*command)
+
+    def published() -> set[str]:
+        assert job.poll() is None, job.communicate()[0]
+        with suppress(OSError):  # a node that is about to come
+            return {each for each in second.metrics().get("ray_caldpo_worker_group_starts", ()) if "trial=" in each}
+        return set()
+
+    seen = wait_until(published, "metrics of a trial", SECONDS)
+    before = wait_until(lambda: outcomes(home), "a trial", SECONDS)
+    sent = second.running_job()
+    second.ask(f"/api/jobs/{sent}/stop", "POST")
+    job.communicate(timeout=SECONDS)
+    stopped, status = second.ask(f"/api/jobs/{sent}/logs")["logs"], json.loads((home / "status.json").read_text())
+    job = second.submit(*command, by_file=True)
+    printed = job.communicate(timeout=SECONDS)[0]
+    assert job.returncode == 0, printed
+    return Swept(home, [stopped, printed], before, status, seen, second.places())
+
+
+def outcomes(home: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in home.glob("trials/*/outcome.json")}
 
 
 # -- Prometheus ----------------------------------------------------------------------------------------------------------
@@ -406,8 +491,9 @@ def test_a_label_that_no_node_has_is_told_within_the_deadline(first: Seen, stora
     assert "16 CPU, 4 GPU, labels {'caldpo.io/role': 'policy'}" in status["reason"], "what there is"
 
 
-def test_a_folder_that_would_go_with_the_job_is_refused(first: Seen) -> None:
-    code, printed = first.printed["relative"]
+@pytest.mark.parametrize("job", ["relative", "relative sweep"])
+def test_a_folder_that_would_go_with_the_job_is_refused(first: Seen, job: str) -> None:
+    code, printed = first.printed[job]
     assert code == 1
     refused = r"run\.output_dir runs: relative to the packaged working directory.*\n.*exit code 2"
     assert re.search(refused, printed), printed
@@ -417,6 +503,8 @@ def test_who_has_no_token_or_a_wrong_one_is_told(first: Seen) -> None:
     assert "labels {'caldpo.io/role': 'policy'}" in first.access["right"], "the nodes"
     assert "refuses the token of RAY_AUTH_TOKEN" in first.access["wrong"]
     assert "asks for a token and got none" in first.access["none"]
+    refused = r"refuses this process \(.*token is missing or incorrect\); export RAY_AUTH_MODE=token"
+    assert re.search(refused, first.access["driver"]), first.access["driver"]
 
 
 def test_rules_and_dashboard_are_about_metrics_that_exist(first: Seen) -> None:
@@ -456,18 +544,27 @@ def test_a_run_goes_on_at_a_second_cluster_and_after_a_stop(finished: tuple[Run,
     assert "done: model in" in printed and (run.path / "model" / "config.json").exists()
 
 
-def test_a_sweep_is_sent_like_a_run(
-    finished: tuple[Run, str, str], second: LocalCluster, storage: Path, small: tuple[str, ...]
-) -> None:
-    settings = [
-        "run.name=sweep", "train.max_steps=4", "train.save_every=4", "train.eval_every=4", "sweep.objectives=[dpo]",
-        "sweep.space={dpo: {beta: [0.1]}}", "sweep.seeds=1",
-    ]  # fmt: skip
-    job = second.submit("caldpo", "sweep", "sweep.yaml", *small, *settings)
-    printed = job.communicate(timeout=SECONDS)[0]
-    assert job.returncode == 0, printed
-    assert re.search(r"reference: (\d+) rows, \1 of them known", printed), "by the run before"
-    results = json.loads((storage / "runs" / "sweep" / "sweep.json").read_text())
-    assert results["objectives"]["dpo"]["completed"] == 1, results
+def test_a_sweep_is_sent_like_a_run(swept: Swept) -> None:
+    assert re.search(r"reference: (\d+) rows, \1 of them known", swept.printed[0]), "by the run before"
+    results = json.loads((swept.home / "sweep.json").read_text())
+    assert results["objectives"]["dpo"]["completed"] == 2, results
+
+
+def test_a_sweep_that_is_stopped_goes_on_and_keeps_its_trials(swept: Swept) -> None:
+    assert (swept.status["state"], swept.status["exit_code"]) == ("interrupted", 130)
+    assert "interrupted; the same command resumes the run\ncaldpo: exit code 130" in swept.printed[0]
+    after = outcomes(swept.home)
+    assert len(swept.before) == 1 and len(after) == 2 and swept.before.items() <= after.items(), "not run again"
+    assert json.loads((swept.home / "status.json").read_text())["state"] == "complete"
+
+
+def test_the_group_of_sweeps_grows_from_zero_for_as_many_trials_as_were_asked_for(swept: Swept) -> None:
+    assert "for the cluster to have room for 1 trials at once" in swept.printed[0]
+    assert swept.places["RayTrainWorker"] == {"policy", "sweep"}, "the run before, and the trials"
+
+
+def test_trials_are_told_by_the_name_of_their_sweep_and_their_own(swept: Swept, second: LocalCluster) -> None:
+    (labels,) = swept.published
+    assert 'run="sweep"' in labels and 'trial="dpo-beta-0.1-seed-' in labels
     trials = {event["trial"] for event in second.events() if event["run"] == "sweep"}
-    assert len(trials) == 1 and None not in trials
+    assert trials == {path.parent.name for path in outcomes(swept.home)}

@@ -35,13 +35,14 @@ def cluster(s3: Any, hub: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         for name, value in hub.items():
             patch.setenv(name, value)
+        # Nobody drains this cluster, and the watcher would be one more process of every run, and of every trial of a sweep.
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.setenv("PATH", path_without_compilers(folder))
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))  # none was compiled before
         for name in ("CC", "CXX"):
             patch.delenv(name, raising=False)
         ray.init("local", num_cpus=2, num_gpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     address: str = ray.get_runtime_context().gcs_address
-    # Nobody drains this cluster, and the watcher would be one more process of every run.
     shared = {"RAY_ADDRESS": address, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     os.environ |= shared
     yield address

@@ -158,6 +158,10 @@ def test_a_wait_ends_unless_something_goes_on(cluster: str) -> None:
     with pytest.raises(RunError, match=r"waited 0 s for somebody, and nothing came.*train\.wait_timeout_seconds"):
         wait_for(late, "somebody", 0.2)
     ray.cancel(late, force=True)
+    with pytest.raises(
+        RunError, match=r"; Ray has no room for 1 process of 4 GPU, with \d\S* CPU and 3 GPU free in the whole"
+    ):
+        wait_for(sleeper.options(num_gpus=4).remote(0), "somebody", 3)
     news = iter(range(1000))
     assert wait_for(sleeper.remote(1), "somebody", 0.1, lambda: next(news)) == 1
 

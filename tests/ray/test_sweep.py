@@ -32,6 +32,10 @@ def lines(home: Path) -> list[dict[str, Any]]:
     return list(pq.read_table(home / "trials.parquet").to_pylist())
 
 
+def status(home: Path) -> dict[str, Any]:
+    return dict(json.loads((home / "status.json").read_text()))
+
+
 def free_cpus() -> float:
     import ray
 
@@ -145,7 +149,22 @@ def test_a_metric_that_no_trial_reports(home: Path) -> None:
 
 def test_more_trials_at_once_than_the_cluster_has_room_for(home: Path) -> None:
     with pytest.raises(InputError, match=r"sweep\.max_concurrent = 9: the cluster has room for 4 trials"):
-        caldpo_ray.sweep(home / "sweep.yaml", ["run.name=crowd", "sweep.max_concurrent=9"])
+        caldpo_ray.sweep(
+            home / "sweep.yaml", ["run.name=crowd", "sweep.max_concurrent=9", "train.placement_timeout_seconds=1"]
+        )
+    assert not status(home.parent / "crowd")["inputs"], "a larger cluster is worth another attempt"
+
+
+def test_wrong_input_that_nobody_touched_is_told_again_at_once(home: Path, tmp_path: Path) -> None:
+    """As a job controller would have it, which starts a failed command again and again."""
+    assert status(home)["state"] == "complete"
+    again = ["run.name=wrong", f"data.train={tmp_path}/nowhere.jsonl"]
+    with pytest.raises(InputError, match=r"nowhere\.jsonl") as first:
+        caldpo_ray.sweep(home / "sweep.yaml", again)
+    assert (status(home.parent / "wrong")["state"], status(home.parent / "wrong")["exit_code"]) == ("failed", 2)
+    with pytest.raises(InputError, match="the last attempt stopped with this") as second:
+        caldpo_ray.sweep(home / "sweep.yaml", again)
+    assert str(first.value) in str(second.value)
 
 
 def test_trials_that_fail_or_stop_do_not_end_the_sweep(

@@ -69,6 +69,23 @@ def serving(handler: type[Dashboard]) -> Iterator[str]:
         server.server_close()
 
 
+@contextmanager
+def speaking_grpc() -> Iterator[str]:
+    """A server that greets whoever asks as gRPC does, by settings of HTTP/2."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(bytes.fromhex("00001e040000000000000300ffffffff00040040000000060000ffff"))
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
+
+
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No token of the person who runs the tests."""
@@ -109,8 +126,19 @@ def test_a_token_is_missing_or_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_or_somebody_else_is_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotReady, match=r"127.0.0.1:9: no answer .*refused.*port-forward.*RAY_API_SERVER_ADDRESS"):
         look("http://127.0.0.1:9")
-    with serving(OtherServer) as address, pytest.raises(NotReady, match="something else than Ray's dashboard"):
+    for other in (serving(OtherServer), speaking_grpc()):
+        with other as address, pytest.raises(NotReady, match=f"{address}: is something else than Ray's dashboard"):
+            look(address)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"two\nlines"])
+def test_a_file_that_holds_no_token_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "token"))
+    (home / "token").write_bytes(content)
+    with serving(Dashboard) as address, pytest.raises(NotReady, match="/token: holds no token, which is one") as error:
         look(address)
+    assert "lines" not in str(error.value)
 
 
 def test_another_version_is_named_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +156,20 @@ def test_what_ray_says_to_a_driver_is_told_in_one_line() -> None:
         check_version_info(theirs, "node 10.0.0.3")
     told = refusal(mismatch.value, "10.0.0.1:6379")
     assert "10.0.0.1:6379 runs Ray 2.10.0 on Python 3.9.1, and this is Ray" in told and "\n" not in told
-    wrong = RuntimeError("rpc failed\nUNAUTHENTICATED: InvalidAuthToken: Authentication token is missing or incorrect")
-    assert "refuses this process (UNAUTHENTICATED" in refusal(wrong, "auto") and "RAY_AUTH_MODE" in refusal(
-        wrong, "auto"
+    wrong = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+    wrong.__cause__ = RuntimeError(
+        'Failed to connect to GCS. Last connection error: Traceback (most recent call last):\n  File "node.py", line 996\n'
+        "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing or incorrect."
+        " Ensure that the token is in a file.\n"
     )
-    assert "check RAY_ADDRESS" in refusal(ConnectionError("Could not find any running Ray instance"), "auto")
+    told = refusal(wrong, "10.0.0.1:6379")
+    assert told.startswith(
+        "Ray: 10.0.0.1:6379 refuses this process (ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken:"
+        " Authentication token is missing or incorrect); export RAY_AUTH_MODE=token"
+    )
+    gone = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+    gone.__cause__ = RuntimeError("Last connection error: Timed out while waiting for GCS to become available.")
+    assert "check RAY_ADDRESS" in refusal(gone, "10.0.0.1:6379")
 
 
 def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,15 @@ def built(folder: Path) -> list[dict[str, Any]]:
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
+def documents(path: str) -> list[dict[str, Any]]:
+    """As they lie in the repository, without overlays: that needs no kubectl."""
+    return [dict(each) for each in yaml.safe_load_all((KUBERAY / path).read_text())]
+
+
+def written(what: str) -> list[dict[str, Any]]:
+    return documents(f"{what}/{'raycluster' if what == 'dev' else 'rayjob'}.yaml")
+
+
 @cache
 def build(what: str, overlays: tuple[str, ...]) -> list[dict[str, Any]]:
     """The resources that a kustomization.yaml of these lines makes."""
@@ -88,8 +97,15 @@ def test_what_can_be_built_is_what_kuberay_accepts(checker: Any, what: str, over
     assert checker.check(manifest, with_lint=True) == []
 
 
+@pytest.mark.parametrize("what", [*JOBS, "dev"])
+def test_what_is_built_upon_is_what_kuberay_accepts(checker: Any, what: str) -> None:
+    """Before overlays, so that it is judged where there is no kubectl, too."""
+    (manifest,) = written(what)
+    assert checker.check(manifest) == []
+
+
 def test_the_check_finds_a_misspelt_field(checker: Any) -> None:
-    manifest = of_kind(build("jobs/single-gpu", ("pvc",)), "RayJob")
+    manifest = of_kind(written("jobs/single-gpu"), "RayJob")
     wrong = manifest | {"spec": manifest["spec"] | {"shutdownAfterJobFinish": True}}
     assert "shutdownAfterJobFinish" in checker.check(wrong)[0]
     open_spec = manifest["spec"] | {"rayClusterSpec": manifest["spec"]["rayClusterSpec"] | {"authOptions": {}}}
@@ -102,7 +118,7 @@ def test_the_other_kinds_are_what_kubernetes_accepts() -> None:
     core = [each for each in resources if each["kind"] not in ("RayJob", "RayCluster")]
     kinds = {each["kind"] for each in core}
     assert kinds == {"Namespace", "ServiceAccount", "PersistentVolumeClaim", "NetworkPolicy", "ConfigMap"}
-    for each in core:
+    for each in (*core, *documents("fetch.yaml")):
         validator.validate(each, "1.33", strict=True)
     misspelt = of_kind(resources, "Namespace") | {"metadatas": {}}
     with pytest.raises(validator.ValidationError, match="metadatas"):
@@ -156,7 +172,7 @@ def config_of(what: str) -> Config:
 @pytest.mark.parametrize("what", JOBS)
 def test_the_config_of_a_job_fits_its_groups(what: str) -> None:
     """By the labels and resources that Ray reads from the manifest: the head takes no work."""
-    config, cluster = config_of(what), cluster_of(build(what, ("pvc",)))
+    config, cluster = config_of(what), cluster_of(written(what))
     nodes = nodes_of(cluster, grown=bool(cluster.get("enableInTreeAutoscaling")))
     assert nodes[0].resources["CPU"] == 0, "the head"
     workers, actors = bundles(config, needs_reference=True)
@@ -165,7 +181,40 @@ def test_the_config_of_a_job_fits_its_groups(what: str) -> None:
     if what == "jobs/split-reference":
         assert unplaced([*workers, *actors], nodes) is None
         assert unplaced(actors, nodes_of(cluster, grown=False)) is not None, "its group starts from zero"
-        assert unplaced(actors, nodes_of(cluster_of(build(what, ("pvc", "kueue"))), grown=False)) is None
+
+
+def test_in_a_queue_the_reference_group_starts_with_a_pod() -> None:
+    what = "jobs/split-reference"
+    _, actors = bundles(config_of(what), needs_reference=True)
+    assert unplaced(actors, nodes_of(cluster_of(build(what, ("pvc", "kueue"))), grown=False)) is None
+
+
+def test_names_are_resolved_where_a_cache_of_the_node_answers() -> None:
+    """No selector of pods matches NodeLocal DNSCache or GKE's Cloud DNS, and whoever may ask for names may ask them."""
+    policies = {each["metadata"]["name"]: each["spec"] for each in documents("base/networkpolicy.yaml")}
+    caches = {"169.254.20.10/32", "169.254.169.254/32"}
+    for name in ("ray", "submitter"):
+        rules = [rule for rule in policies[name]["egress"] if caches & {block(peer) for peer in rule["to"]}]
+        (rule,) = rules
+        assert {block(peer) for peer in rule["to"]} == {*caches, None}, "and the pods of kube-dns"
+        ports = {(port["port"], port["protocol"]) for port in rule["ports"]}
+        assert ports == {(53, "UDP"), (53, "TCP")}, "port 80 of the metadata server hands out keys"
+
+
+def block(peer: dict[str, Any]) -> str | None:
+    """Addresses that a policy lets in or out, where it names any."""
+    return peer.get("ipBlock", {}).get("cidr")
+
+
+def test_the_pod_that_fetches_models_is_one_that_the_namespace_admits() -> None:
+    (pod,), (job,) = documents("fetch.yaml"), written("jobs/single-gpu")
+    submitter = job["spec"]["submitterPodTemplate"]["spec"]
+    assert pod["spec"]["securityContext"].items() <= submitter["securityContext"].items()
+    (container,) = pod["spec"]["containers"]
+    assert container["securityContext"] == submitter["containers"][0]["securityContext"]
+    (claim,) = [each for each in documents("base/storage.yaml") if each["kind"] == "PersistentVolumeClaim"]
+    assert pod["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert pod["metadata"]["namespace"] == documents("base/namespace.yaml")[0]["metadata"]["name"]
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
@@ -214,6 +263,16 @@ def test_the_image_does_not_run_as_root(target: str) -> None:
     assert users[-1:] == ["1000:1000"], "a number: `runAsNonRoot` cannot judge a name"
 
 
+def test_what_the_hub_gives_goes_to_the_volume_that_is_there_for_it() -> None:
+    (home,) = re.findall(r"^ENV HF_HOME=(\S+)$", (CLUSTER / "Dockerfile").read_text(), re.M)
+    for what in [*JOBS, "dev"]:
+        cluster = cluster_of(written(what))
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            mounts = group["template"]["spec"]["containers"][0]["volumeMounts"]
+            (scratch,) = [each["mountPath"] for each in mounts if each["name"] == "scratch"]
+            assert Path(home).is_relative_to(scratch)
+
+
 def test_the_dockerfile_passes_hadolint() -> None:
     linter = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if linter is None:
@@ -247,10 +306,10 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
 
 def test_the_ports_that_are_scraped_are_ports_of_the_head() -> None:
     monitor = yaml.safe_load((CLUSTER / "monitoring" / "podmonitor.yaml").read_text())
-    head = cluster_of(build("jobs/single-gpu", ("pvc",)))["headGroupSpec"]["template"]["spec"]["containers"][0]
+    head = cluster_of(written("jobs/single-gpu"))["headGroupSpec"]["template"]["spec"]["containers"][0]
     ports = {each["name"]: each["containerPort"] for each in head["ports"]}
     scraped = {ports[each["port"]] for each in monitor["spec"]["podMetricsEndpoints"]}
-    policies = [each for each in built(KUBERAY / "base") if each["kind"] == "NetworkPolicy"]
+    policies = documents("base/networkpolicy.yaml")
     let_in = {
         port["port"] for each in policies for rule in each["spec"].get("ingress", []) for port in rule.get("ports", [])
     }

@@ -36,6 +36,14 @@ def test_a_touched_file_changes_it(folder: Path, name: str) -> None:
     assert input_stamp(config(folder)) != before
 
 
+def test_so_does_the_file_of_an_objective_of_a_sweep(folder: Path) -> None:
+    compared = "sweep.objectives=[dpo, {name: 'own_format_for_stamp:loss', label: own}]"
+    plain = ["data.format=auto", compared]
+    before = input_stamp(config(folder, *plain))
+    os.utime(folder / "own_format_for_stamp.py", ns=(1, 1))
+    assert input_stamp(config(folder, *plain)) != before
+
+
 def test_a_file_that_appears_changes_it(folder: Path) -> None:
     before = input_stamp(config(folder, "data.train=missing.jsonl"))
     (folder / "missing.jsonl").write_text("{}\n")

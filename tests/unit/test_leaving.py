@@ -36,6 +36,7 @@ async def told(requests: Requests, attempt: int) -> Leave | None:
 def test_only_the_group_that_was_asked_moves_and_all_end() -> None:
     async def scenario() -> list[Leave | None]:
         requests = Requests()
+        requests.ask(MOVE)  # the group that starts does not listen yet
         listening = asyncio.create_task(requests.wanted(7))
         heard = [await told(requests, 7)]
         requests.ask(MOVE)
@@ -105,14 +106,15 @@ def test_a_size_that_was_not_placed_is_not_tried_again_at_once() -> None:
     assert policy._count_possible_workers(reserved) == 4
 
 
-def test_workers_are_asked_to_leave_a_node_once() -> None:
+def test_workers_are_asked_to_leave_a_node_until_they_have() -> None:
+    """Those that were starting when the notice came, too."""
     asked: list[str] = []
     watch = AheadOfPreemption(asked.append)
     info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0, 1], "b": [3]})
-    states = [RunningState(), RunningState(), *(PreemptingState(info, detected_at_s=0.0) for _ in range(3))]
+    states = [RunningState(), *[PreemptingState(info, detected_at_s=0.0)] * 3, RunningState()]
     for before, now in pairwise(states):
         watch.after_controller_state_update(before, now)
-    assert asked == ["the node of ranks 0, 1, 3 is about to go, and the run goes on elsewhere"]
+    assert asked == ["the node of ranks 0, 1, 3 is about to go, and the run goes on elsewhere"] * 3
 
 
 def test_too_few_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from caldpo_ray.config import load_config
-from caldpo_ray.node_check import DRIVER, _may_use, look
+from caldpo_ray.node_check import DRIVER, _may_use, look, require_shared_store
 from caldpo_ray.placement import Node
 
 OURS = version("caldpo-ray")
@@ -41,6 +41,18 @@ def test_a_node_that_may_not_write_says_so(probe: Path, monkeypatch: pytest.Monk
     (probe / DRIVER).touch()
     monkeypatch.setattr("caldpo_ray.node_check.write_atomically", refuse)
     assert "cannot use run.output_dir" in (told := look(str(probe), "node", OURS)) and "Permission denied" in told
+
+
+def test_a_store_beside_the_runs_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "c.yaml", list[tuple[str, Path]]()
+    path.write_text("run: {output_dir: /r}\nmodel: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
+    monkeypatch.setattr("caldpo_ray.node_check._ask_nodes", lambda config, key, folder: asked.append((key, folder)))
+    for store in ("/r/.cache/reference", "null", "/scratch/store", "s3://b/store"):
+        require_shared_store(load_config(path, [f"reference.store={store}"]))
+    assert [(key, str(folder)) for key, folder in asked] == [
+        ("reference.store", "/scratch/store"),
+        ("reference.store", "s3://b/store"),
+    ]
 
 
 def test_nodes_that_the_run_cannot_use_are_not_asked(tmp_path: Path) -> None:

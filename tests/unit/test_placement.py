@@ -3,12 +3,12 @@ from typing import Any
 
 import pytest
 
+from caldpo_ray.access import OWN_CLUSTER
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.pipeline import _join_or_start
 from caldpo_ray.placement import (
-    OWN_CLUSTER,
     Bundle,
     Node,
     bundles,
@@ -205,3 +205,18 @@ def test_a_cluster_has_our_label_only_if_we_started_it(tmp_path: Path, monkeypat
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     _join_or_start(start)
     assert asked == [{"labels": OWN_CLUSTER}, {"labels": OWN_CLUSTER}, {}, {}]
+
+
+@pytest.mark.parametrize(("labels", "watched"), [({}, "1"), (OWN_CLUSTER, "0")])
+def test_nodes_that_may_go_are_watched_however_the_cluster_was_joined(
+    labels: dict[str, str], watched: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from caldpo_ray.trainer import _controller_variables
+
+    monkeypatch.setattr("ray.nodes", lambda: [{"Labels": labels}])
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
+    for address in ("", "auto"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert _controller_variables()["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == watched
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "user")
+    assert _controller_variables()["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "user"

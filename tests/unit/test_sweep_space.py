@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.errors import InputError
-from caldpo_ray.placement import Node
+from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.placement import OWN_CLUSTER, Bundle, Node
 from caldpo_ray.run_dir import open_run_dir
 from caldpo_ray.search_space import contestants, listed_points, point_name, seeds
 from caldpo_ray.sweep_dir import SweepDir, Trial, open_sweep_dir
@@ -195,13 +195,39 @@ def test_as_many_trials_as_have_room(tmp_path: Path, train: dict[str, Any], at_o
     assert num_at_once(read, NODES, 1) == 1
 
 
-def test_a_number_of_trials_is_kept_or_refused(tmp_path: Path) -> None:
-    """Asked for, half a core per worker will do."""
+OWN = Node("b", {"CPU": 2.0}, OWN_CLUSTER)
+
+
+def test_a_number_of_trials_is_kept_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, half a core per worker will do. Nobody waits for nodes of a cluster that cannot grow."""
     read = config(tmp_path, {**TWO, "max_concurrent": 20}, train={"num_workers": 1})
-    require_room(read, NODES)
+    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: NODES)
+    require_room(read)
     assert num_at_once(read, NODES, 3) == 20
-    with pytest.raises(InputError, match=r"sweep\.max_concurrent = 20: the cluster has room for 4 trials of 1 workers"):
-        require_room(read, NODES[1:])
+    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: [OWN])
+    with pytest.raises(NotReady, match=r"sweep\.max_concurrent = 20: the cluster has room for 4 trials of 1 workers"):
+        require_room(read)
+
+
+def test_trials_for_which_nodes_must_come_ask_for_them_and_then_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {"num_workers": 2, "use_gpu": True, "num_gpus_per_worker": 1, "label_selector": {"zone": "x"}}
+    read = config(tmp_path, {**TWO, "max_concurrent": 3}, train=train)
+    head, pod = Node("head", {"CPU": 2.0}, {}), Node("pod", {"CPU": 8.0, "GPU": 2.0}, {"zone": "x"})
+    found, asked = iter([[head, *[pod] * count] for count in range(4)]), list[list[Bundle]]()
+    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.sweep_plan.ask_autoscaler", lambda wanted: asked.append(list(wanted)))
+    monkeypatch.setattr("caldpo_ray.sweep_plan.POLL_SECONDS", 0.001)
+    require_room(read)
+    *waiting, nothing = asked
+    assert len(waiting) == 3 and nothing == []
+    for wanted in waiting:
+        assert [(each.resources["GPU"], each.labels) for each in wanted] == [(1.0, {"zone": "x"})] * 6
+    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: [head, pod])
+    in_vain = config(tmp_path, {**TWO, "max_concurrent": 3}, train={**train, "placement_timeout_seconds": 0.01})
+    with pytest.raises(NotReady, match="the cluster has room for 1 trials of 2 workers"):
+        require_room(in_vain)
 
 
 def test_workers_of_one_run_share_no_gpu(tmp_path: Path) -> None:

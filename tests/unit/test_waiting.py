@@ -2,9 +2,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from caldpo_ray.errors import RunError
-from caldpo_ray.waiting import Watchdog, each_within, overdue
+from caldpo_ray.waiting import Watchdog, each_within, overdue, wait_for
 
 
 def test_a_thread_that_stands_still_is_told_once_with_its_place_and_stacks() -> None:
@@ -45,6 +46,26 @@ def test_who_moves_is_left_alone() -> None:
 def test_what_a_wait_ends_with_names_the_wait_and_the_option() -> None:
     assert str(overdue("the feed", 60.0)).startswith("waited 60 s for the feed, and nothing came;")
     assert "train.wait_timeout_seconds" in str(overdue("the feed", 60.0))
+
+
+@pytest.mark.parametrize(
+    ("news", "waits"),
+    [([7, 7], [180, 1620]), ([7, 8, 8], [180, 1620, 1800]), ([None, None], [180, 1620])],
+)
+def test_what_does_nothing_is_waited_for_once(
+    news: list[int | None], waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def never(reference: object, timeout: float) -> None:
+        seen.append(timeout)
+        raise GetTimeoutError
+
+    monkeypatch.setattr("ray.get", never)
+    told = iter(news)
+    with pytest.raises(RunError, match="waited 1800 s for an answer"):
+        wait_for(None, "an answer", 1800, lambda: next(told))
+    assert seen == waits and not list(told)
 
 
 def test_items_come_one_at_a_time_as_they_are_asked_for() -> None:
