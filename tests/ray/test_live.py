@@ -109,7 +109,7 @@ def test_policy_and_reference_have_gpus_of_their_own(run: LiveRun) -> None:
 
 def test_what_a_person_should_know_reaches_the_terminal(run: LiveRun) -> None:
     said = run.alive["said"]
-    assert re.search(r"warning: step 2\d: the loss leapt to 1\d\d\d, far above the ", said), said
+    assert re.search(r"warning: step 2\d: the loss leapt to [\d.]+, far above the ", said), said
     assert said.count("the loss leapt") == said.count("model.trust_remote_code is on") == 1
 
 
