@@ -52,14 +52,14 @@ def overdue(what: str, seconds: float) -> RunError:
 def _without_room() -> str:
     """A clause about the actors and tasks of this cluster, whoever started them, that are on no node yet."""
     import ray
-    from ray._private.worker import global_worker
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Ray's stub is not whole
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
     from ray.exceptions import RayError
 
     if not ray.is_initialized():
         return ""
     try:
-        found = get_cluster_resource_state(global_worker.gcs_client).pending_resource_requests
+        found = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address)).pending_resource_requests
         free = ray.available_resources()
     except RayError:
         return ""
