@@ -27,7 +27,7 @@ from caldpo_ray.feed import split_rows
 from caldpo_ray.generation import GenerationJob, Generations, Speaker, compare
 from caldpo_ray.held_out import GENERATED, HeldOut, describe, table, write_scores
 from caldpo_ray.judging import Judge, open_judge
-from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model
+from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model, tell_of_code
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.pair_analysis import FINDINGS, analyse, audit, count_findings, pair_table
@@ -78,6 +78,7 @@ def evaluate(
     objective = get_objective(**subject.parameters.model_dump()) if subject.parameters else None
     judge = None if generations is None else _open_judge(generations, subject)
     _require_outputs(subject, scores)
+    tell_of_code(config.model)
     policy = _resolve(subject.policy, subject)
     frozen = None if subject.reference is None else _resolve_reference(subject.reference, policy, subject)
     connect(verbose)

@@ -11,7 +11,7 @@ from typing import Any
 
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.models import ResolvedModel, holds_model, resolve_model
+from caldpo_ray.models import ResolvedModel, holds_model, resolve_model, tell_of_code
 from caldpo_ray.progress import say
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import (
@@ -103,6 +103,7 @@ def _write_model(run: RunDir, target: Path) -> None:
     with publishing(target) as scratch:
         if (model / "adapter_config.json").exists():
             config = load_config(run.config)
+            tell_of_code(config.model)
             digests = run.path.parent / ".cache" / "models.json"
             resolve_model(str(run.model), None, config.model.trust_remote_code, scratch, config.run.seed, digests)
             for name in CARRIED:

@@ -20,6 +20,7 @@ from typing import Any
 from caldpo_ray.config import LoraSection, ModelSection
 from caldpo_ray.errors import InputError, NotReady, RunError, last_line
 from caldpo_ray.imports import large_imports
+from caldpo_ray.progress import say
 from caldpo_ray.storage import (
     file_facts,
     is_complete,
@@ -239,6 +240,14 @@ def _with_local_base(adapter: Path) -> Iterator[tuple[Path, str]]:
         here = local_name(base)
         (Path(folder) / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": here}))
         yield Path(folder), here
+
+
+def tell_of_code(model: ModelSection) -> None:
+    """Said by every command that is about to load a model, before it runs what came with that."""
+    if model.trust_remote_code:
+        say(
+            "model.trust_remote_code is on: Python code that comes with the model runs wherever it is loaded, with your permissions"
+        )
 
 
 def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> Any:

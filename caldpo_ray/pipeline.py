@@ -25,7 +25,7 @@ from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.interrupts import own_signals_kept
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
-from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model
+from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model, tell_of_code
 from caldpo_ray.node_check import require_alike
 from caldpo_ray.placement import not_placed, require_placeable, room_for_workers, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
@@ -160,10 +160,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     objective = config.objective
     require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
     require_alike(config)
-    if config.model.trust_remote_code:
-        say(
-            "model.trust_remote_code is on: Python code that comes with the model runs on every node, with your permissions"
-        )
+    tell_of_code(config.model)
     cache = open_path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})

@@ -16,7 +16,7 @@ from caldpo_ray.data import make_row
 from caldpo_ray.deepspeed_config import deepspeed_config, zero_stage
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
-from caldpo_ray.models import load_tokenizer, pinned_revision, recall_model
+from caldpo_ray.models import load_tokenizer, pinned_revision, recall_model, tell_of_code
 from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import (
     Bundle,
@@ -94,6 +94,7 @@ def find_rows(config: Config, row_ids: Iterable[str]) -> tuple[list[FoundRow], A
 
 def _tokenizer(config: Config) -> Any:
     model = config.model
+    tell_of_code(model)
     tokenizer = load_tokenizer(model.name_or_path, model.revision, model.trust_remote_code)
     check_tokenizer(tokenizer, needs_chat_template=False)
     return tokenizer

@@ -6,6 +6,7 @@ upload, and a folder that we publish is complete once its last file, `_SUCCESS`,
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,10 +28,16 @@ COMPLETE = "_SUCCESS"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EXTRAS = {"s3": "caldpo-ray[s3]", "s3a": "caldpo-ray[s3]", "gs": "caldpo-ray[gcs]", "gcs": "caldpo-ray[gcs]"}
 SILENCE_SECONDS = 60  # of a web server, which may be busy
+S3_SILENCE_SECONDS = 15  # each time it is asked for something
+WRITE_SECONDS = (
+    900  # of a file in one piece: for a server that takes nothing and refuses nothing, clients wait without an end
+)
 DOWNLOAD_SECONDS = 600  # without a byte more, of another process for which this one waits
 LOCK_POLL_SECONDS = 0.1
 # Of S3: what it refuses because it is busy or away is asked for again for about a minute, each time after twice as long.
-PATIENCE = {"config_kwargs": {"retries": {"max_attempts": 7}}}
+PATIENCE: dict[str, dict[str, Any]] = {
+    "config_kwargs": {"retries": {"max_attempts": 7}, "read_timeout": S3_SILENCE_SECONDS}
+}
 # What file systems call that which changes with a file's content, the surest first.
 CONTENT_FACTS = ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified")
 
@@ -156,8 +163,9 @@ def write_atomically(path: Path, data: bytes | pa.Buffer | str) -> None:
     content = data.encode() if isinstance(data, str) else memoryview(data)
     if is_remote(path):
         filesystem, name = _filesystem(path)
+        bound = {"timeout": WRITE_SECONDS} if filesystem.async_impl else {}
         with served(path):
-            filesystem.pipe_file(name, bytes(content))
+            filesystem.pipe_file(name, bytes(content), **bound)
         return
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -203,29 +211,41 @@ def remove_tree(folder: Path) -> None:
 
 
 @contextmanager
-def publishing(target: Path) -> Iterator[Path]:
-    """A local folder for the body to make and fill, which then replaces `target` as a whole; not at all if the body raises."""
+def publishing(target: Path, require_held: Callable[[], Any] = lambda: None) -> Iterator[Path]:
+    """A local folder for the body to make and fill, which then replaces `target` as a whole; not at all if the body raises.
+
+    `require_held` is asked before each change of `target`, and raises where somebody else may write there by now.
+    """
     if is_remote(target):
         with tempfile.TemporaryDirectory(prefix="caldpo-publish-") as parent:
             scratch = Path(parent) / target.name
             yield scratch
-            _upload(scratch, target)
+            _upload(scratch, target, require_held)
         return
-    scratch = _unfinished(target)
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in _unfinished(target):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    scratch, old = _aside(target), _aside(target)
     yield scratch
     _give_usual_modes(scratch)
+    require_held()
     if target.is_dir() and not any(target.iterdir()):  # it may be the current folder, or one that is mounted: it stays
         for path in scratch.iterdir():
             shutil.move(path, target)
         scratch.rmdir()
         return
-    shutil.rmtree(target, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        target.rename(old)  # and deleted only then: that takes time, in which there would be neither
     scratch.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _unfinished(target: Path) -> Path:
-    return target.with_name(f".{target.name}.unfinished")
+def _aside(target: Path) -> Path:
+    """A folder beside this one, of a name that nobody else has."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
+
+
+def _unfinished(target: Path) -> list[Path]:
+    return list(target.parent.glob(f".{glob.escape(target.name)}.*.unfinished"))
 
 
 def _give_usual_modes(folder: Path) -> None:
@@ -239,15 +259,17 @@ def _give_usual_modes(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _upload(folder: Path, target: Path) -> None:
+def _upload(folder: Path, target: Path, require_held: Callable[[], Any]) -> None:
+    """One file after the other, each in parts that go at once: in between it is asked whether this process still may."""
+    require_held()
     with suppress(FileNotFoundError):
         remove_tree(target)
     filesystem, name = _filesystem(target)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with served(target):
-        filesystem.put(
-            [str(path) for path in files], [f"{name}/{path.relative_to(folder).as_posix()}" for path in files]
-        )
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        require_held()
+        with served(target):
+            filesystem.put_file(str(file), f"{name}/{file.relative_to(folder).as_posix()}")
+    require_held()
     write_atomically(target / COMPLETE, b"")
 
 
@@ -291,7 +313,7 @@ def local_copy(folder: Path) -> Path:
         raise NotReady(f"{home}: belongs to somebody else; delete it, or set TMPDIR to another folder on this node")
     copy = home / hashlib.sha256(json.dumps([str(folder), facts]).encode()).hexdigest()[:16]
     with copy.with_suffix(".lock").open("w") as lock:
-        _lock(lock, folder, _unfinished(copy))  # one process downloads, the others wait
+        _lock(lock, folder, copy)  # one process downloads, the others wait
         if not copy.exists():
             filesystem, name = _filesystem(folder)
             with served(folder), publishing(copy) as scratch:
@@ -301,15 +323,15 @@ def local_copy(folder: Path) -> Path:
     return copy
 
 
-def _lock(lock: TextIO, folder: Path, download: Path) -> None:
-    """Wait for the process that has the lock as long as its download grows. Raises NotReady when it stands still."""
+def _lock(lock: TextIO, folder: Path, copy: Path) -> None:
+    """Wait for the process that has the lock as long as its download to `copy` grows. Raises NotReady when it stands still."""
     size, since = -1, time.monotonic()
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            now = sum(file.stat().st_size for file in download.glob("*")) if download.exists() else 0
+            now = sum(file.stat().st_size for download in _unfinished(copy) for file in download.glob("*"))
         if now != size:
             size, since = now, time.monotonic()
         elif time.monotonic() - since > DOWNLOAD_SECONDS:

@@ -148,9 +148,8 @@ class Uploads:
             self._model.result()
 
     def _publish(self, target: Path, write: Callable[[Path], None]) -> None:
-        with writing(target), publishing(target) as scratch:
+        with writing(target), publishing(target, self._run.require_held) as scratch:
             write(scratch)
-            self._run.require_held()
 
 
 @contextmanager

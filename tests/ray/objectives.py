@@ -27,7 +27,7 @@ def explodes(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, 
 def observed(
     policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, folder: str, beta: float = 0.1
 ) -> Tensor:
-    """DPO's margin; each call leaves in `folder` what is in its process: rank, group, largest tensor."""
+    """DPO's margin; each call leaves in `folder` what is in its process: rank, group, largest tensor. After 22 the loss leaps."""
     facts = {
         "pid": os.getpid(),
         "rank": dist.get_rank(),
@@ -35,10 +35,12 @@ def observed(
         "group": f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
         "largest_tensor": max(each.numel() for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)),
     }
-    with (Path(folder) / f"{facts['rank']}.jsonl").open("a") as file:
+    path = Path(folder) / f"{facts['rank']}.jsonl"
+    with path.open("a") as file:
         file.write(json.dumps(facts) + "\n")
+    leap = 1000.0 if len(path.read_text().splitlines()) > 22 else 0.0
     log_ratios = policy_logps - reference_logps
-    return -beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    return leap - beta * (log_ratios[:, 0] - log_ratios[:, 1])
 
 
 def sinks(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:

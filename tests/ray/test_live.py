@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.ray.runs import LiveRun, live_actors, pids, start, write_config
 from tests.ray.test_evaluate import plain_logps
 
 pytestmark = pytest.mark.ray
-ROWS, STEPS = 40, 15
+ROWS, STEPS = 40, 26
 REFERENCE_VOCABULARY = (
     100_000  # one matrix far larger than all of the policy; the rows beyond the tokenizer's are never asked for
 )
@@ -58,7 +59,7 @@ def run(world: Path, rows: Path, reference: Path, tmp_path_factory: pytest.TempP
     folder = tmp_path_factory.mktemp("live")
     config = write_config(
         folder, world, data={"train": str(rows)}, reference={"name_or_path": str(reference), "num_gpus_per_actor": 1},
-        train={"use_gpu": True, "batch_size": ROWS, "epochs": STEPS}, model={"dtype": "float32"},
+        train={"use_gpu": True, "batch_size": ROWS, "epochs": STEPS}, model={"dtype": "float32", "trust_remote_code": True},
     )  # fmt: skip
     config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:observed"))
     run = start(config, "live", f"objective.folder={folder}")
@@ -68,7 +69,7 @@ def run(world: Path, rows: Path, reference: Path, tmp_path_factory: pytest.TempP
     run.wait_for_step(3)
     run.alive |= {"policy": pids("RayTrainWorker"), "scorer": scorer, "feed": pids("Feed")}
     run.alive["executions in all"] = dataset_executions(job)
-    run.finish()
+    run.alive["said"] = run.finish()
     return run
 
 
@@ -104,6 +105,12 @@ def test_policy_and_reference_have_gpus_of_their_own(run: LiveRun) -> None:
     gpus = [(place["node"], gpu) for place in places for gpu in place["gpus"]]
     assert sorted(place["role"] for place in places) == ["policy worker", "policy worker", "reference actor"]
     assert len(gpus) == len(set(gpus)) == 3
+
+
+def test_what_a_person_should_know_reaches_the_terminal(run: LiveRun) -> None:
+    said = run.alive["said"]
+    assert re.search(r"warning: step 2\d: the loss leapt to [\d.]+, far above the ", said), said
+    assert said.count("the loss leapt") == said.count("model.trust_remote_code is on") == 1
 
 
 def test_the_manifest_says_how_busy_the_reference_was(run: LiveRun) -> None:

@@ -317,8 +317,13 @@ def adapted_logits(run: Path, base: str) -> torch.Tensor:
     return logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "model"))
 
 
-def test_export_merges_lora_into_its_base(lora_run: Path, models: tuple[str, str], tmp_path: Path) -> None:
+def test_export_merges_lora_into_its_base(
+    lora_run: Path, models: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (lora_run / "config.yaml").read_text()
+    (lora_run / "config.yaml").write_text(config.replace("trust_remote_code: false", "trust_remote_code: true"))
     target = export(lora_run, tmp_path / "out" / "model")
+    assert "model.trust_remote_code is on: Python code" in capsys.readouterr().out
     assert not list(target.glob("adapter*")) and all((target / name).exists() for name in TREE)
     merged, expected = logits_of(AutoModelForCausalLM.from_pretrained(target)), adapted_logits(lora_run, models[0])
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,9 @@ import torch
 import caldpo_ray
 from caldpo_ray.config import ModelSection, load_config, save_config
 from caldpo_ray.errors import InputError, NotReady, RunError, last_line
+from caldpo_ray.evaluation import evaluate
 from caldpo_ray.models import load_model, resolve_model
+from caldpo_ray.plan import sample_rows
 from caldpo_ray.redaction import require_no_secret, without_secrets
 from caldpo_ray.sources import list_sources
 from caldpo_ray.storage import open_path
@@ -132,6 +134,21 @@ def test_code_that_comes_with_a_model_runs_only_on_request(model: Path, tmp_path
     with pytest.raises(InputError, match=r"trust_remote_code"):
         resolve_model(str(model), None, False, tmp_path / "init", 0, tmp_path / "models.json")
     assert "pwned" not in vars(builtins)
+
+
+def test_that_such_code_may_run_is_said_before(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By whatever loads a model in its own process; runs say it in `tests/ray/test_live.py`."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"model: {{name_or_path: {model}}}\ndata: {{train: {tmp_path / 'rows.jsonl'}}}\nobjective: {{name: dpo}}\n"
+    )
+    for trusted in (False, True):
+        options = [f"model.trust_remote_code={trusted}", f"run.output_dir={tmp_path}"]
+        sample_rows(load_config(path, options), 1)
+        with pytest.raises(InputError, match="holds no weights"):
+            evaluate(tmp_path, data=str(tmp_path / "rows.jsonl"), overrides=options)
+        assert capsys.readouterr().out.count("model.trust_remote_code is on: Python code") == 2 * trusted
 
 
 # --- Secrets ---

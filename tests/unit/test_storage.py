@@ -2,6 +2,7 @@ import fcntl
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from caldpo_ray import storage
-from caldpo_ray.errors import NotReady
+from caldpo_ray.errors import NotReady, RunError
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.storage import (
     COMPLETE,
@@ -94,6 +95,31 @@ def test_a_failed_body_publishes_nothing(root: Path) -> None:
     assert not is_complete(root / "new") and contents(root / "old") == {"a": "1"}
 
 
+@pytest.mark.parametrize("asked_before", range(5))
+def test_whoever_may_write_no_more_completes_nothing(root: Path, asked_before: int) -> None:
+    """A folder on a disk is replaced in one go, an upload may be overtaken between two files; what is begun stays incomplete."""
+    publish(root / "model", a="1", b="1")
+    held = iter([True] * asked_before + [False])
+
+    def require_held() -> None:
+        if not next(held, True):
+            raise RunError("overtaken")
+
+    with suppress(RunError), publishing(root / "model", require_held) as scratch:
+        scratch.mkdir()
+        for name in "ab":
+            (scratch / name).write_text("2")
+    found = contents(root / "model") if (root / "model").exists() else {}
+    if is_remote(root):
+        after = [{"a": "1", "b": "1"}, {}, {"a": "2"}, {"a": "2", "b": "2"}, {"a": "2", "b": "2"}]
+        assert (found, is_complete(root / "model")) == (after[asked_before], asked_before in (0, 4))
+    else:
+        assert set(found.values()) == {"2" if asked_before else "1"}
+        assert [path.name for path in root.iterdir() if not path.name.endswith(".unfinished")] == ["model"]
+        publish(root / "model", c="3")
+        assert [path.name for path in root.iterdir()] == ["model"], "what was left beside it is cleared away"
+
+
 def test_an_upload_that_died_is_not_complete(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     target = open_path("s3://data/died/model")
     publish(target, a="1")
@@ -163,12 +189,13 @@ def test_a_download_that_stands_still_is_not_waited_for(tmp_path: Path, monkeypa
     """By another process of the node, which has the lock; one that goes on is."""
     monkeypatch.setattr(storage, "DOWNLOAD_SECONDS", 0.3)
     monkeypatch.setattr(storage, "LOCK_POLL_SECONDS", 0.01)
-    download, path = tmp_path / "download", tmp_path / "copy.lock"
+    copy, path = tmp_path / "copy", tmp_path / "copy.lock"
+    download = storage._aside(copy)
     download.mkdir()
     with path.open("w") as theirs, path.open("w") as ours:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         with pytest.raises(NotReady, match=r"model: another process of this node has .*copy\.lock"):
-            storage._lock(ours, Path("model"), download)
+            storage._lock(ours, Path("model"), copy)
 
         def go_on() -> None:
             for size in range(20):
@@ -178,5 +205,5 @@ def test_a_download_that_stands_still_is_not_waited_for(tmp_path: Path, monkeypa
 
         going = threading.Thread(target=go_on)
         going.start()
-        storage._lock(ours, Path("model"), download)
+        storage._lock(ours, Path("model"), copy)
         going.join()

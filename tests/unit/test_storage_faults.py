@@ -6,6 +6,7 @@ import http.client
 import os
 import re
 import resource
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pyarrow.fs
 import pytest
 
+from caldpo_ray import storage
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.rows import RowCache, write_manifest, write_part
@@ -29,6 +32,7 @@ from caldpo_ray.storage import (
     local_copy,
     open_path,
     publishing,
+    ray_train_storage,
     reaching,
     read_bytes,
     remove_tree,
@@ -67,6 +71,9 @@ class Faulty(BaseHTTPRequestHandler):
                     f"<Error><Code>{'SlowDown' if fault == '503' else 'InternalError'}</Code></Error>".encode(),
                 )
             elif fault == "reset":
+                self.close_connection = True
+            elif fault == "silence":
+                self.rfile.read(1)  # until who asked has had enough
                 self.close_connection = True
             else:
                 self.pass_on(body, cut=fault == "cut")
@@ -139,6 +146,15 @@ def whole_cycle(root: Path) -> None:
     assert list_references(str(root / "store"))[0]["entries"] == 2
     remove_tree(root / "model")
     assert file_facts(root / "model") == []
+    with tempfile.TemporaryDirectory() as node:  # as Ray Train moves checkpoints
+        (Path(node) / "state").write_bytes(b"s" * 100_000)
+        there = ray_train_storage(root / "checkpoints")
+        filesystem, name = there["storage_filesystem"], f"{there['storage_path']}/step-00000001"
+        filesystem.create_dir(name)
+        pyarrow.fs.copy_files(node, name, destination_filesystem=filesystem)
+        (Path(node) / "back").mkdir()
+        pyarrow.fs.copy_files(name, f"{node}/back", source_filesystem=filesystem)
+        assert (Path(node) / "back" / "state").read_bytes() == b"s" * 100_000
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "reset", "cut"])
@@ -149,6 +165,30 @@ def test_every_second_request_may_fail(
     faulty(lambda number: fault if number % 2 else None)
     whole_cycle(open_path(f"s3://data/faults-{fault}"))
     assert Faulty.num_requests > 40
+
+
+def test_a_server_that_says_nothing_is_asked_again(
+    faulty: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setitem(storage.PATIENCE["config_kwargs"], "read_timeout", 0.3)
+    faulty(lambda number: "silence" if number % 16 == 0 else None)
+    whole_cycle(open_path("s3://data/silence"))
+    assert Faulty.num_requests > 40
+
+
+def test_a_server_that_takes_nothing_is_not_waited_for_without_an_end(
+    faulty: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has not even said that it would take the body, for which botocore waits before it counts the seconds."""
+    import s3fs
+
+    monkeypatch.setattr(storage, "WRITE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(Unreachable, match="the storage does not answer"):
+            write_atomically(open_path("s3://data/mute"), "1")
 
 
 def test_an_outage_is_one_message_and_the_same_goes_on_afterwards(

@@ -15,7 +15,11 @@ from torch import nn
 from caldpo_ray.checkpoint import _copy_of_state_dict
 from caldpo_ray.errors import RunError
 from caldpo_ray.run_dir import RunDir
+from caldpo_ray.storage import is_complete, open_path
 from caldpo_ray.uploads import Cadence, Uploads, move_files, on_one_file_system, writing
+from tests.unit.test_sources_remote import s3
+
+__all__ = ["s3"]  # the fixture
 
 
 @pytest.fixture
@@ -71,21 +75,23 @@ def test_what_a_model_fails_with_is_raised_at_the_next_one_and_at_the_end(tmp_pa
     assert not (tmp_path / "best").exists()
 
 
-def test_an_attempt_that_was_overtaken_replaces_no_model(tmp_path: Path, scratch: Path) -> None:
-    older = RunDir(tmp_path).claim()
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_an_attempt_that_was_overtaken_replaces_no_model(place: str, tmp_path: Path, scratch: Path, s3: Any) -> None:
+    home = tmp_path if place == "disk" else open_path(f"s3://data/{tmp_path.name}")
+    older = RunDir(home).claim()
     run = Uploads(older, 0, 60, lambda error: None, Cadence(600))
-    run.model(tmp_path / "best", Path.mkdir)
+    run.model(home / "best", Path.mkdir)
     run.finish_model()
-    RunDir(tmp_path).claim()
+    RunDir(home).claim()
 
     def write(folder: Path) -> None:
         folder.mkdir()
         (folder / "weights").touch()
 
-    run.model(tmp_path / "best", write)
+    run.model(home / "best", write)
     with pytest.raises(RunError, match="this older one stops"):
         run.finish_model()
-    assert not (tmp_path / "best" / "weights").exists()
+    assert is_complete(home / "best") and not (home / "best" / "weights").exists()
 
 
 def test_a_model_that_does_not_leave_is_not_waited_for_without_an_end(tmp_path: Path, scratch: Path) -> None:
