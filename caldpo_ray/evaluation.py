@@ -105,8 +105,7 @@ def evaluate(
     if generations is not None:
         job = _generation_job(generations, subject, policy, frozen)
         result |= compare(subject.home, job, folder, numbers, generations.num_prompts, judge)
-        _write_result(subject.home, result)
-        say("\n".join([f"{result['generated/prompts']} prompts answered:", *table(result, GENERATED)]))
+        _conclude_answers(subject.home, result)
     return result
 
 
@@ -304,6 +303,11 @@ def _conclude(home: Path, result: dict[str, Any], findings: list[dict[str, Any]]
     say("\n".join([f"{result['eval_rows']} held-out rows, [95 % intervals]:", *table(result)]))
     say(f"rows to look at, in {home / 'audit.jsonl'}: {_describe_audit(result['audit'])}")
     say(f"evaluation in {home / 'eval.json'}")
+
+
+def _conclude_answers(home: Path, result: dict[str, Any]) -> None:
+    _write_result(home, result)
+    say("\n".join([f"{result['generated/prompts']} prompts answered:", *table(result, GENERATED)]))
 
 
 def _write_result(home: Path, result: dict[str, Any]) -> None:
