@@ -355,7 +355,7 @@ def finished(first: Seen, second: LocalCluster, storage: Path, command: list[str
     live = LiveRun(storage / "runs" / "split", second.submit(*command))
     live.wait_for_checkpoint(live.newest_checkpoint() + SAVE_EVERY)
     job = second.running_job()
-    second.ask(f"/api/jobs/{job}/stop", "POST")  # as `ray job stop` does, which takes longer to start than the run to end
+    second.ask(f"/api/jobs/{job}/stop", "POST")  # as `ray job stop`, which takes longer to start than the run to end
     live.process.communicate(timeout=60)  # the client may leave before the last lines
     stopped = second.ask(f"/api/jobs/{job}/logs")["logs"]
     assert json.loads((live.path / "status.json").read_text())["state"] == "interrupted", stopped
