@@ -29,9 +29,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 EXTRAS = {"s3": "caldpo-ray[s3]", "s3a": "caldpo-ray[s3]", "gs": "caldpo-ray[gcs]", "gcs": "caldpo-ray[gcs]"}
 SILENCE_SECONDS = 60  # of a web server, which may be busy
 S3_SILENCE_SECONDS = 15  # each time it is asked for something
-WRITE_SECONDS = (
-    900  # of a file in one piece: for a server that takes nothing and refuses nothing, clients wait without an end
-)
+# Of a file in one piece: for a server that takes nothing and refuses nothing, clients wait without an end.
+WRITE_SECONDS = 900
 DOWNLOAD_SECONDS = 600  # without a byte more, of another process for which this one waits
 LOCK_POLL_SECONDS = 0.1
 # Of S3: what it refuses because it is busy or away is asked for again for about a minute, each time after twice as long.
