@@ -24,25 +24,25 @@ quickstart: install
 
 # The Ray tests leave an eighth of two cores idle, waiting for processes: the others run there, and are shown when they are done.
 test: install
-	@echo "Tests: those on one local Ray cluster, all others beside them (about a quarter of an hour on two cores)"
+	@echo "Tests: those on one local Ray cluster, jobs sent to others, and all the rest beside them (under half an hour on two cores)"
 	@nice -n 19 $(BIN)/python -m pytest tests/unit tests/parity > .pytest-others.log 2>&1 & others=$$!; \
 	trap "kill $$others" INT TERM; \
 	$(BIN)/python -m pytest tests/ray -m "not long"; ray=$$?; \
-	wait $$others; code=$$?; cat .pytest-others.log; exit $$((ray | code))
+	$(BIN)/python -m pytest tests/cluster -m "not long"; jobs=$$?; \
+	wait $$others; code=$$?; cat .pytest-others.log; exit $$((ray | jobs | code))
 
 # What the half hour of `make test` has no room for.
 test-long: install
 	@echo "Long tests: whole runs on object storage, with full memory, a hanging rank, a full disk, under ASHA (ten minutes on two cores)"
-	@$(BIN)/python -m pytest tests/ray -m long
+	@$(BIN)/python -m pytest tests/ray tests/cluster -m long
 
 # `make faults FAULTS="-k head"` hands options on.
 faults: install
 	@echo "Faults: nodes of a cluster on this machine die, go and come; how long a run then stands still (about ten minutes on two cores)"
 	@$(BIN)/python -m pytest -s tests/faults $(FAULTS)
 
-# Not part of `make test`, whose half hour it would not fit into on a slow machine.
 cluster: install
-	@echo "Cluster: jobs sent to local raylets under Ray's autoscaler, as the manifests in cluster/kuberay have them (some minutes)"
+	@echo "Cluster: jobs sent to local raylets under Ray's autoscaler, as the manifests in cluster/kuberay have them (five minutes)"
 	@$(BIN)/python -m pytest tests/cluster
 
 # Skipped, with the reason, where root may not make network namespaces. `make hosts HOSTS="-k cut_off"`

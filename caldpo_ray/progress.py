@@ -123,6 +123,7 @@ class Watcher:
             sys.stdout.write("\r\x1b[2K")
         if text != shown:
             say(text)
+        self._published.end_progress()  # an export goes on without steps, and nothing stands still
 
     def _tell_news(self, live: bool) -> None:
         """Lines that stay on the screen."""

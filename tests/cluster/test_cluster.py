@@ -1,18 +1,13 @@
-"""`cluster/` for real: the manifest with two groups as local raylets under Ray's own autoscaler, and jobs sent to them.
+"""`cluster/` for real: jobs sent to the clusters that its manifests describe (see `clusters.py`).
 
-Head and token come from `single-node/start.sh`, groups with their labels and logical GPUs from the RayJob, as Ray reads it. One
-run is sent to a cluster that dies as a whole, goes on at a second cluster on the same storage as a RayJob's retry would, is
-stopped there, and is sent again.
+One run is sent to the manifest with two groups, in a cluster that dies as a whole; it goes on at a second cluster on the same
+storage as a RayJob's retry would, is stopped there, and is sent again; then a sweep. The manifests with one group get a short run.
 """
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -21,207 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import ray
 import yaml
 
 from caldpo_ray.access import look
 from caldpo_ray.errors import NotReady
+from tests.cluster.clusters import LocalCluster, free_port, local_cluster
 from tests.conftest import wait_until
 from tests.ray.runs import LiveRun, Run
-from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, alert_rules, cluster_of, written
+from tests.unit.test_cluster_files import CLUSTER, alert_rules
 
 pytestmark = pytest.mark.ray
-JOB = "jobs/split-reference"
+SPLIT = "jobs/split-reference"
 SAVE_EVERY, NUM_STEPS = 6, 104  # 8 epochs of ceil(400 / 32)
 SECONDS = 180.0  # for a job
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-# -- clusters ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LocalCluster:
-    folder: Path
-    """Of its processes, which have it as home and as temporary folder, and of nothing that lasts."""
-    environment: dict[str, str]
-    url: str
-    """Of the dashboard."""
-
-    def ask(self, path: str, method: str = "GET") -> Any:
-        token = (self.folder / ".ray" / "auth_token").read_text()
-        headers = {"X-Ray-Authorization": f"Bearer {token}"}
-        request = urllib.request.Request(f"{self.url}{path}", headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.load(answer)
-
-    def state(self, kind: str) -> list[dict[str, Any]]:
-        return list(self.ask(f"/api/v0/{kind}?limit=1000&detail=true")["data"]["result"]["result"])
-
-    def ray(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["ray", *arguments], env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-
-    def submit(self, *command: str, by_file: bool = False) -> subprocess.Popen[str]:
-        """Sent with the folder of configs, as a user sends it from a laptop; the runtime environment in a YAML file or not."""
-        how = ["--working-dir", str(self.project)]
-        if by_file:
-            settings = {"working_dir": str(self.project), "env_vars": {"HF_HUB_OFFLINE": "1"}}
-            (self.folder / "env.yaml").write_text(yaml.safe_dump(settings))
-            how = ["--runtime-env", str(self.folder / "env.yaml")]
-        return self.ray("job", "submit", *how, "--", *command)
-
-    def running_job(self) -> str:
-        (job,) = [each["submission_id"] for each in self.state("jobs") if each["status"] == "RUNNING"]
-        return str(job)
-
-    @property
-    def project(self) -> Path:
-        return self.folder / "project"
-
-    @property
-    def session(self) -> Path:
-        return self.folder / "ray" / "session_latest"
-
-    def roles(self) -> dict[str, str | None]:
-        return {each["node_id"]: each["labels"].get("caldpo.io/role") for each in self.state("nodes")}
-
-    def places(self) -> dict[str, set[str | None]]:
-        """{class of actors: roles of the nodes on which they live or lived}."""
-        roles, found = self.roles(), dict[str, set[str | None]]()
-        for actor in self.state("actors"):
-            if actor["node_id"] in roles:  # else it was never placed
-                found.setdefault(actor["class_name"], set()).add(roles[actor["node_id"]])
-        return found
-
-    def metrics(self) -> dict[str, set[str]]:
-        """{name of a series: its label sets} on all metrics ports that Prometheus would find."""
-        found: dict[str, set[str]] = {}
-        for target in json.loads(self.discovery.read_text())[0]["targets"]:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
-                for name, labels in re.findall(r"^(\w+)\{(.*)\} ", answer.read().decode(), re.M):
-                    found.setdefault(name, set()).add(labels)
-        return found
-
-    @property
-    def discovery(self) -> Path:
-        return self.session / "prom_metrics_service_discovery.json"
-
-    def events(self) -> list[dict[str, Any]]:
-        """What policy workers logged as JSON lines."""
-        lines = [
-            line for file in (self.session / "logs").glob("worker-*.out") for line in file.read_text().splitlines()
-        ]
-        return [json.loads(line) for line in lines if line.startswith('{"time"')]
-
-    def die(self) -> None:
-        """All at once, as when the node of the head is lost; also the clients that wait for their jobs."""
-        for each in psutil.process_iter(["environ"]):
-            if (each.info["environ"] or {}).get("RAY_TMPDIR") == str(self.folder):
-                each.kill()
-
-
-def autoscaling_config(folder: Path, gcs_port: int) -> Path:
-    """What KubeRay's autoscaler works from, but with raylets on this machine where pods would be."""
-    from ray.autoscaler._private.fake_multi_node import node_provider
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-
-    spec = cluster_of(written(JOB))  # overlays change nothing of what is read here
-    manifest = {"kind": "RayCluster", "metadata": {"name": "x", "namespace": "x"}, "spec": spec}
-    config = _derive_autoscaling_config_from_ray_cr(manifest)
-    types = config["available_node_types"]
-    types[node_provider.FAKE_HEAD_NODE_TYPE] = types.pop(config["head_node_type"])
-    for each in types.values():
-        each["resources"].pop("memory", None)  # of the real node
-        each["resources"]["object_store_memory"] = 100_000_000
-    config["head_node_type"] = node_provider.FAKE_HEAD_NODE_TYPE
-    config["provider"] |= {
-        "type": "external",
-        "module": "tests.cluster.raylets.RayletProvider",
-        "head_node_id": node_provider.FAKE_HEAD_NODE_ID,
-        "launch_multiple": True,
-        "gcs_address": f"{ray.util.get_node_ip_address()}:{gcs_port}",
-    }
-    path = folder / "autoscaling.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def environments(folder: Path, ports: list[int]) -> tuple[dict[str, str], dict[str, str]]:
-    """(of everything that is started here, what the cluster has besides)."""
-    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
-
-    gcs, dashboard, metrics = ports
-    common = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "HOME": str(folder),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
-        "RAY_TMPDIR": str(folder),
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAY_AUTH_MODE": "token",
-    }
-    return common, {
-        "RAY_GCS_PORT": str(gcs), "RAY_DASHBOARD_PORT": str(dashboard), "RAY_METRICS_PORT": str(metrics),
-        "RAY_metrics_report_interval_ms": "500", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_FAKE_CLUSTER": "1", "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
-    }  # fmt: skip
-
-
-def add_group_of_sweeps(autoscaling: Path) -> None:
-    """From zero, as the autoscaling overlay has it; the label is that of this test, to tell its nodes from the others."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-
-    spec = cluster_of([yaml.safe_load((KUBERAY / "jobs/sweep/rayjob.yaml").read_text())])
-    (group,) = spec["workerGroupSpecs"]
-    group |= {"labels": {"caldpo.io/role": "sweep"}, "replicas": 0, "minReplicas": 0}
-    manifest = {"kind": "RayCluster", "metadata": {"name": "x", "namespace": "x"}, "spec": spec}
-    sweeps = _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"][group["groupName"]]
-    sweeps["resources"].pop("memory", None)
-    sweeps["resources"]["object_store_memory"] = 100_000_000
-    config = yaml.safe_load(autoscaling.read_text())
-    config["available_node_types"]["sweep"] = sweeps
-    config["max_workers"] += sweeps["max_workers"]
-    autoscaling.write_text(yaml.safe_dump(config))
-
-
-@contextmanager
-def local_cluster(for_sweeps: bool = False) -> Iterator[LocalCluster]:
-    folder = Path(tempfile.mkdtemp(prefix="k"))  # short: sockets lie in it
-    ports = [free_port() for _ in range(3)]
-    common, of_the_cluster = environments(folder, ports)
-    shutil.copytree(KUBERAY / JOB, folder / "project")
-    shutil.copy(KUBERAY / "jobs/sweep/config.yaml", folder / "project" / "sweep.yaml")
-    config = autoscaling_config(folder, ports[0])
-    if for_sweeps:
-        add_group_of_sweeps(config)
-    options = ["--num-cpus=0", f"--autoscaling-config={config}", f"--dashboard-agent-listen-port={free_port()}"]
-    with (folder / "start.log").open("w") as log:
-        command = [str(CLUSTER / "single-node" / "start.sh"), *options]
-        process = subprocess.Popen(command, env=common | of_the_cluster, stdout=log, stderr=log)
-    found = LocalCluster(folder, common, f"http://127.0.0.1:{ports[1]}")
-
-    def policy_is_there() -> bool:
-        assert process.poll() is None, (folder / "start.log").read_text()
-        try:
-            return set(found.roles().values()) >= {None, "policy"}
-        except (OSError, KeyError, ValueError):
-            return False
-
-    try:
-        wait_until(policy_is_there, "head and policy node")
-        yield found
-    finally:
-        found.die()  # also the raylets that the autoscaler started, which outlive it
-        process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- the run -------------------------------------------------------------------------------------------------------------
@@ -249,7 +57,7 @@ def command(small: tuple[str, ...]) -> list[str]:
         "run.name=split", "model.gradient_checkpointing=false", "train.num_workers=2", "train.epochs=8",
         f"train.save_every={SAVE_EVERY}", "train.deepspeed.zero_stage=1",
     ]  # fmt: skip
-    return ["caldpo", "train", "config.yaml", *small, *settings]
+    return ["caldpo", "train", "split-reference.yaml", *small, *settings]
 
 
 @dataclass
@@ -271,12 +79,12 @@ class Seen:
 def first(storage: Path, command: list[str]) -> Seen:
     """The run up to a checkpoint on a cluster that then dies, and beside it jobs that cannot work."""
     live_path = storage / "runs" / "split"
-    with local_cluster() as cluster, prometheus(cluster) as server:
+    with local_cluster(SPLIT) as cluster, prometheus(cluster) as server:
         live = LiveRun(live_path, cluster.submit(*command))
         nowhere = ["run.name=nowhere", "train.label_selector={caldpo.io/role: nowhere}"]
         wrong = {
             "nowhere": cluster.submit(*command, *nowhere, "train.placement_timeout_seconds=2"),
-            "relative": cluster.submit("caldpo", "train", "config.yaml", by_file=True),
+            "relative": cluster.submit("caldpo", "train", "split-reference.yaml", by_file=True),
             "relative sweep": cluster.submit("caldpo", "sweep", "sweep.yaml"),
         }
         access = looked_at(cluster)
@@ -314,7 +122,12 @@ def looked_at(cluster: LocalCluster) -> dict[str, str]:
         "RAY_AUTH_TOKEN": "a" * 40,
         "RAY_NUM_REDIS_GET_RETRIES": "1",  # Ray would try for half a minute
     }
-    command = ["caldpo", "train", str(cluster.project / "config.yaml"), f"run.output_dir={cluster.folder}/refused"]
+    command = [
+        "caldpo",
+        "train",
+        str(cluster.project / "split-reference.yaml"),
+        f"run.output_dir={cluster.folder}/refused",
+    ]
     driver = subprocess.Popen(command, env=cluster.environment | joining, text=True, stderr=subprocess.PIPE)
 
     def told() -> str:
@@ -343,7 +156,7 @@ def looked_at(cluster: LocalCluster) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def second(first: Seen) -> Iterator[LocalCluster]:
-    with local_cluster(for_sweeps=True) as cluster:
+    with local_cluster(SPLIT, with_sweeps=True) as cluster:
         yield cluster
 
 
@@ -567,3 +380,23 @@ def test_trials_are_told_by_the_name_of_their_sweep_and_their_own(swept: Swept, 
     assert 'run="sweep"' in labels and 'trial="dpo-beta-0.1-seed-' in labels
     trials = {event["trial"] for event in second.events() if event["run"] == "sweep"}
     assert trials == {path.parent.name for path in outcomes(swept.home)}
+
+
+@pytest.mark.parametrize("what", ["jobs/single-gpu", "dev"])
+def test_on_one_gpu_the_reference_scores_and_then_the_policy_trains(
+    what: str, small: tuple[str, ...], storage: Path
+) -> None:
+    """By the manifests that have one group without a label; the head takes no work there either."""
+    name = what.replace("/", "-")
+    command = ["caldpo", "train", "single-gpu.yaml", *small, f"run.name={name}", "train.max_steps=2"]
+    command.append(f"reference.store={storage}/{name}")  # empty: the reference is needed
+    with local_cluster(what) as cluster:
+        code, printed = ended(cluster.submit(*command))
+        places, roles = cluster.places(), cluster.roles()
+    assert code == 0 and "done: model in" in printed, printed
+    assert sorted(map(str, roles.values())) == ["None", "unlabelled"], "a head and one node"
+    (scorer,) = [name for name in places if "ReferenceScorer" in name]
+    assert places["RayTrainWorker"] == places[scorer] == {"unlabelled"} and places["Feed"] == {None}
+    found = json.loads((storage / "runs" / name / "manifest.json").read_text())["places"]
+    on_gpus = {(place["role"], *place["gpus"]) for place in found}
+    assert on_gpus == {("reference actor", "0"), ("policy worker", "0")}
