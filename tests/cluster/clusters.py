@@ -24,7 +24,7 @@ import ray
 import yaml
 
 from tests.conftest import wait_until
-from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, cluster_of, written
+from tests.unit.test_cluster_files import CLUSTER, KUBERAY, REPOSITORY, cluster_of, documents, written
 
 
 def free_port() -> int:
@@ -125,7 +125,8 @@ def autoscaling_config(folder: Path, gcs_port: int, what: str, with_sweeps: bool
     """What KubeRay's autoscaler works from, but with raylets on this machine where pods would be."""
     from ray.autoscaler._private.fake_multi_node import node_provider
 
-    config = read_by_ray(cluster_of(written(what)))  # overlays change nothing of what is read here
+    # As written: storage and Volcano change nothing of what is read here, the overlays of Kueue and autoscaling do.
+    config = read_by_ray(cluster_of(written(what)))
     types = config["available_node_types"]
     types[node_provider.FAKE_HEAD_NODE_TYPE] = types.pop(config["head_node_type"])
     if with_sweeps:
@@ -154,11 +155,20 @@ def read_by_ray(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def group_of_sweeps() -> dict[str, Any]:
-    """From zero, as the autoscaling overlay has it; the label is that of this test, to tell its nodes from the others."""
+    """As many as the autoscaling overlay says, from zero; the label is that of this test, to tell its nodes from the others."""
     spec = cluster_of(written("jobs/sweep"))
     (group,) = spec["workerGroupSpecs"]
-    group |= {"labels": {"caldpo.io/role": "sweep"}, "replicas": 0, "minReplicas": 0}
+    group |= {"labels": {"caldpo.io/role": "sweep"}, **autoscaled_sizes()}
     return dict(read_by_ray(spec)["available_node_types"][group["groupName"]])
+
+
+def autoscaled_sizes() -> dict[str, int]:
+    """{"replicas": 0, ...}: what the autoscaling overlay writes into a job's first group; its patch is read without kubectl."""
+    (overlay,) = documents("overlays/autoscaling/kustomization.yaml")
+    (patch,) = [each["patch"] for each in overlay["patches"] if each["target"] == {"kind": "RayJob"}]
+    first = "/spec/rayClusterSpec/workerGroupSpecs/0/"
+    changes = {each["path"]: each["value"] for each in yaml.safe_load(patch)}
+    return {path.removeprefix(first): value for path, value in changes.items() if path.startswith(first)}
 
 
 def environments(folder: Path, ports: list[int]) -> tuple[dict[str, str], dict[str, str]]:

@@ -191,14 +191,45 @@ def test_in_a_queue_the_reference_group_starts_with_a_pod() -> None:
 
 def test_names_are_resolved_where_a_cache_of_the_node_answers() -> None:
     """No selector of pods matches NodeLocal DNSCache or GKE's Cloud DNS, and whoever may ask for names may ask them."""
-    policies = {each["metadata"]["name"]: each["spec"] for each in documents("base/networkpolicy.yaml")}
     caches = {"169.254.20.10/32", "169.254.169.254/32"}
     for name in ("ray", "submitter"):
-        rules = [rule for rule in policies[name]["egress"] if caches & {block(peer) for peer in rule["to"]}]
+        rules = [rule for rule in policy(name)["egress"] if caches & {block(peer) for peer in rule["to"]}]
         (rule,) = rules
         assert {block(peer) for peer in rule["to"]} == {*caches, None}, "and the pods of kube-dns"
         ports = {(port["port"], port["protocol"]) for port in rule["ports"]}
         assert ports == {(53, "UDP"), (53, "TCP")}, "port 80 of the metadata server hands out keys"
+
+
+@pytest.mark.parametrize("what", JOBS)
+def test_the_policies_know_the_pod_that_submits(what: str) -> None:
+    """By a label of the pod itself: the operator may label its Job alone, and then the pod could reach nothing."""
+    labels = of_kind(written(what), "RayJob")["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    (to_the_head,) = [rule for rule in policy("submitter")["egress"] if "namespaceSelector" not in rule["to"][0]]
+    assert selects(policy("submitter")["podSelector"], labels) and not selects(policy("ray")["podSelector"], labels)
+    let_in = [
+        rule["ports"]
+        for rule in policy("ray")["ingress"]
+        for peer in rule["from"]
+        if "namespaceSelector" not in peer and selects(peer["podSelector"], labels)
+    ]
+    assert let_in == [to_the_head["ports"]] == [[{"port": 8265, "protocol": "TCP"}]]
+
+
+def policy(name: str) -> dict[str, Any]:
+    (spec,) = [each["spec"] for each in documents("base/networkpolicy.yaml") if each["metadata"]["name"] == name]
+    return dict(spec)
+
+
+def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
+    """Of pods, by the operators that our policies use."""
+    found = selector.get("matchLabels", {}).items() <= labels.items()
+    for each in selector.get("matchExpressions", []):
+        if each["operator"] == "In":
+            found = found and labels.get(each["key"]) in each["values"]
+        else:
+            assert each["operator"] == "DoesNotExist"
+            found = found and each["key"] not in labels
+    return bool(found)
 
 
 def block(peer: dict[str, Any]) -> str | None:
