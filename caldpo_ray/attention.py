@@ -6,12 +6,15 @@ lengths, on a GPU as the block mask of FlexAttention.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from caldpo_ray.bfloat16 import multiplies_in_float32
 
 # Rows up to this many tokens together are one product under a dense mask; of more, what it hides costs more than calls do.
 DENSE_TOKENS = 256
@@ -55,19 +58,31 @@ def packed_attention(
         raise ValueError(f"packed attention has no {', '.join(known or ['dropout'])}")
     if isinstance(mask, BlockMask):
         return _by_blocks(query, key, value, mask, scale)
+    dtype = query.dtype
+    if multiplies_in_float32(query.device, dtype):
+        query, key, value = query.float(), key.float(), value.float()
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    groups = _short_rows_together([tuple(lengths) for lengths in mask[0, 0].tolist()])
-    sizes = [sum(map(sum, rows)) for rows in groups]
+    groups = _groups(tuple(tuple(lengths) for lengths in mask[0, 0].tolist()), query.dtype)
+    sizes = [sum(map(sum, group.rows)) for group in groups]
     queries, keys, values = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
     each = zip(groups, queries, keys, values, strict=True)
-    parts = [part.transpose(1, 2) for rows, q, k, v in each for part in _attend(tuple(rows), q, k, v, scale)]
-    return torch.cat(parts, 1)
+    parts = [part.transpose(1, 2) for group, q, k, v in each for part in _attend(group, q, k, v, scale)]
+    return torch.cat(parts, 1).to(dtype)
 
 
-def _short_rows_together(table: list[Lengths]) -> list[list[Lengths]]:
-    """Rows that follow each other, as long as one dense mask may hold them."""
+@dataclass(frozen=True)
+class _Group:
+    """Short rows that follow each other, under one mask; or one long row, with a mask for each response."""
+
+    rows: tuple[Lengths, ...]
+    masks: list[Tensor]
+
+
+@functools.lru_cache(maxsize=1)  # every layer asks for the same: made in each, they would all be kept for backward
+def _groups(table: tuple[Lengths, ...], dtype: torch.dtype) -> list[_Group]:
+    """The rows of a micro-batch and their masks, added to scores: SDPA would make such a mask of a bool one at every call."""
     groups: list[list[Lengths]] = []
     size = DENSE_TOKENS
     for lengths in table:
@@ -76,30 +91,33 @@ def _short_rows_together(table: list[Lengths]) -> list[list[Lengths]]:
             groups.append([])
             size = sum(lengths)
         groups[-1].append(lengths)
-    return groups
+    return [_Group(tuple(rows), [_added(mask, dtype) for mask in _masks(tuple(rows))]) for rows in groups]
 
 
-def _attend(rows: tuple[Lengths, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> list[Tensor]:
-    """Attention of short rows, or of one long row, in pieces [1, H, *, D] that follow each other."""
+def _masks(rows: tuple[Lengths, ...]) -> list[Tensor]:
+    if sum(map(sum, rows)) <= DENSE_TOKENS:
+        return [dense_mask(rows)]
+    ((prompt, *responses),) = rows
+    return [torch.ones(length, prompt + length, dtype=torch.bool).tril(prompt) for length in responses]
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def _attend(group: _Group, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> list[Tensor]:
+    """In pieces [1, H, *, D] that follow each other."""
+    masks = [mask.to(query.device) for mask in group.masks]
     if query.shape[2] <= DENSE_TOKENS:
-        mask = _added_mask(rows, query.dtype).to(query.device)
-        return [scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)]
-    (lengths,) = rows
+        return [scaled_dot_product_attention(query, key, value, attn_mask=masks[0], scale=scale)]
+    (lengths,) = group.rows
     queries, keys, values = (torch.split(each, list(lengths), 2) for each in (query, key, value))
     parts = [scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scale)]
-    for q, k, v in zip(queries[1:], keys[1:], values[1:], strict=True):
+    for q, k, v, mask in zip(queries[1:], keys[1:], values[1:], masks, strict=True):
         if q.shape[2]:
             seen, seen_values = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
-            mask = q.new_ones(q.shape[2], seen.shape[2], dtype=torch.bool).tril(lengths[0])
             parts.append(scaled_dot_product_attention(q, seen, seen_values, attn_mask=mask, scale=scale))
     return parts
-
-
-@functools.lru_cache(maxsize=256)  # every layer asks for the same ones; at most 64 MiB
-def _added_mask(rows: tuple[Lengths, ...], dtype: torch.dtype) -> Tensor:
-    """Added to scores: SDPA would make such a mask of a bool one at every call."""
-    mask = dense_mask(rows)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 # -- FlexAttention -------------------------------------------------------------------------------------------------------

@@ -7,13 +7,17 @@ batches are the same for any number of workers; only the cut of a batch into ran
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from caldpo_ray.schema import Layout, Row
+
 Indices = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,53 @@ def head_chunk_positions(vocab_size: int) -> int:
     return max(256, LOGITS_PER_CHUNK // vocab_size)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of rows, [rows] each: tokens of the prompt, of all responses together, of the longest one, and how many there are."""
+
+    prompts: Integers
+    scored: Integers
+    longest: Integers
+    counts: Integers
+
+    def of(self, numbers: Indices) -> "Sizes":
+        """Those of some of the rows."""
+        return Sizes(self.prompts[numbers], self.scored[numbers], self.longest[numbers], self.counts[numbers])
+
+
+def sizes_of(rows: Sequence[Row]) -> Sizes:
+    lengths = [[len(ids) for ids in row.response_ids] for row in rows]
+    found = ([len(row.prompt_ids) for row in rows], map(sum, lengths), map(max, lengths), map(len, lengths))
+    return Sizes(*(np.array(list(each), np.int64) for each in found))
+
+
+def plan_rows(
+    sizes: Sizes,
+    layout: Layout,
+    max_shared_tokens: int | None,
+    world_size: int,
+    budget_tokens: int,
+    chunk_positions: int,
+) -> list[list[MicroBatchPlan]]:
+    """Cut one global batch as `plan_batch` does, by what its rows cost in the layout in which they run.
+
+    Rows whose prompt and longest response exceed `max_shared_tokens` run concatenated in any case, and apart: one of them would
+    have its whole micro-batch run so.
+    """
+    alone = np.full(len(sizes.prompts), layout == "concatenated")
+    if max_shared_tokens is not None:
+        alone |= sizes.prompts + sizes.longest > max_shared_tokens
+    lengths = sizes.prompts * np.where(alone, sizes.counts, 1) + sizes.scored
+    plans: list[list[MicroBatchPlan]] = [[] for _ in range(world_size)]
+    for places, padded in ((np.flatnonzero(~alone), layout != "packed"), (np.flatnonzero(alone), True)):
+        if len(places):
+            costs, scored = lengths[places].tolist(), sizes.scored[places].tolist()
+            cut = plan_batch(costs, scored, world_size, budget_tokens, chunk_positions, padded)
+            for plan, part in zip(plans, cut, strict=True):
+                plan += [replace(each, places=places[each.places].tolist()) for each in part]
+    return plans
+
+
 def plan_batch(
     lengths: Sequence[int],
     scored: Sequence[int],
@@ -105,7 +156,8 @@ def plan_batch(
 
 def _cut_packed(places: list[int], lengths: Sequence[int], world_size: int, budget_tokens: int) -> list[list[int]]:
     """As few groups as the budget allows, each row into the smallest so far: they differ by less than a short row."""
-    count = max(1, math.ceil(sum(lengths) / budget_tokens / world_size))
+    alone = sum(lengths[place] > budget_tokens / 2 for place in places)  # no two of these fit into one group
+    count = max(1, math.ceil(sum(lengths) / budget_tokens / world_size), math.ceil(alone / world_size))
     while True:
         smallest = [(0, number) for number in range(count * world_size)]
         groups: list[list[int]] = [[] for _ in smallest]

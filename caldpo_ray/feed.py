@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, plan_batch
+from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, Sizes, plan_rows
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError, raise_told
 from caldpo_ray.leaving import Leave, Requests
@@ -105,6 +105,8 @@ class Request:
     chunk_positions: int
     micro_batch_tokens: int | None = None
     """Where the workers found less to fit into their memory than the config says."""
+    max_shared_tokens: int | None = None
+    """Prompt and longest response up to which rows can share their prompt."""
 
 
 @dataclass
@@ -236,7 +238,7 @@ class Feed:
         try:
             self._open()
         except InputError as error:  # told to whoever asks: an actor that dies at its start cannot say why
-            self._progress.failure = (InputError.__name__, str(error))
+            self._progress.failure = (type(error).__name__, str(error))
 
     def _open(self) -> None:
         """Rows, their lengths, and room for their log-probs."""
@@ -247,10 +249,14 @@ class Feed:
         self._schedules = schedules(self._config, len(train), *map(len, halves))
         first, lengths = self._rows.first_response[:-1].astype(np.intp), self._rows.response_lengths()
         self._first_only = self._config.objective.reads_first_only
-        self._prompt_lengths = self._rows.prompt_lengths()
-        self._counts = np.ones_like(first) if self._first_only else self._rows.response_counts()
-        self._scored_lengths = lengths[first] if self._first_only else np.add.reduceat(lengths, first)
-        self._distinct = distinct_responses(self._rows.digests()).of_response
+        scored, longest = (
+            lengths[first] if self._first_only else each.reduceat(lengths, first) for each in (np.add, np.maximum)
+        )
+        counts = np.ones_like(first) if self._first_only else self._rows.response_counts()
+        self._sizes = Sizes(self._rows.prompt_lengths(), scored, longest, counts)
+        digests = self._rows.digests()
+        self._digest = hashlib.sha256(digests.tobytes()).hexdigest()[:16]
+        self._distinct = distinct_responses(digests).of_response
         num_distinct = int(self._distinct.max(initial=-1)) + 1
         self._logps = None if self._job is None else np.full(num_distinct, np.nan, np.float32)
 
@@ -292,7 +298,7 @@ class Feed:
     async def rows_digest(self) -> str:
         """What the rows are and in which order, whatever file they came from."""
         await self.start()
-        return hashlib.sha256(self._rows.digests().tobytes()).hexdigest()[:16]
+        return self._digest
 
     async def place(self, place: Place) -> None:
         """A policy worker or reference actor says where it is; a rank that was started again takes its place over."""
@@ -338,18 +344,15 @@ class Feed:
         budget = request.micro_batch_tokens or self._config.train.micro_batch_tokens
         key = (request.split, step, request.world_size, request.layout, request.chunk_positions, budget)
         if key not in self._plans:
-            prompts, scored = self._prompt_lengths[numbers], self._scored_lengths[numbers]
-            copies = self._counts[numbers] if request.layout == "concatenated" else 1
-            lengths = (prompts * copies + scored).tolist()
             while len(self._plans) >= KEPT_BATCHES:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = plan_batch(
-                lengths,
-                scored.tolist(),
+            self._plans[key] = plan_rows(
+                self._sizes.of(numbers),
+                request.layout,
+                request.max_shared_tokens,
                 request.world_size,
                 budget,
                 request.chunk_positions,
-                padded=request.layout != "packed",
             )
         return self._plans[key]
 

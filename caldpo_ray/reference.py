@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from caldpo_ray.batching import Indices, head_chunk_positions, plan_batch
+from caldpo_ray.batching import Indices, head_chunk_positions, plan_rows, sizes_of
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
 from caldpo_ray.imports import large_imports
@@ -91,14 +91,13 @@ class ReferenceScorer:
             return _error(self._told)
         numbers = [int(number) for number in request["data"]]
         rows = [self._rows[number] for number in numbers]
-        lengths, scored = [row.num_tokens for row in rows], [sum(map(len, row.response_ids)) for row in rows]
-        chunk = head_chunk_positions(self._vocab_size)
+        scorer, chunk = self._scorer, head_chunk_positions(self._vocab_size)
         responses: list[int] = []
         logps: list[float] = []
-        padded = self._scorer.layout != "packed"
-        for plan in plan_batch(lengths, scored, 1, self._batch_tokens, chunk, padded)[0]:
+        (plans,) = plan_rows(sizes_of(rows), scorer.layout, scorer.max_shared_tokens, 1, self._batch_tokens, chunk)
+        for plan in plans:
             try:
-                sums = score_rows(self._scorer, [rows[place] for place in plan.places], plan.num_head_chunks)
+                sums = score_rows(scorer, [rows[place] for place in plan.places], plan.num_head_chunks)
             except InputError as error:
                 return _error(tell(error))
             for place, values in zip(plan.places, sums, strict=True):

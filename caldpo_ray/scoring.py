@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from caldpo_ray.attention import packed_attention, packed_mask
+from caldpo_ray.bfloat16 import multiplies_in_float32, multiply_in_float32
 from caldpo_ray.errors import InputError
 from caldpo_ray.logprobs import (
     TokenBatch,
@@ -141,7 +142,7 @@ class LayoutChoice:
 def choose_layout(scorer: ResponseScorer) -> LayoutChoice:
     """Score a few made-up rows in the layouts, fastest first, and compare every token with the unmodified model's logits.
 
-    The first one that agrees is chosen, and the model's attention set to what it needs. Call it with dropout off.
+    The first one that agrees is chosen, and the model's attention and linear layers set to what it needs. Call it with dropout off.
 
     Raises:
         InputError: the concatenated layout disagrees too, so no number from this model can be trusted.
@@ -150,6 +151,8 @@ def choose_layout(scorer: ResponseScorer) -> LayoutChoice:
     device = next(scorer.parameters()).device
     batch = concatenated_batch(rows, scorer.pad_id).to(device)
     oracle = _oracle_logps(scorer.model, batch)
+    if multiplies_in_float32(device, scorer.model.dtype):
+        multiply_in_float32(scorer.model)
     difference, problem = _disagreement(scorer, batch, oracle)
     if problem:
         raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from caldpo_ray.batching import MicroBatchPlan, head_chunk_positions, plan_batch
+from caldpo_ray.batching import MicroBatchPlan, head_chunk_positions, plan_rows, sizes_of
 from caldpo_ray.config import Config, ModelSection
 from caldpo_ray.errors import RunError, find_error, last_line
 from caldpo_ray.models import WEIGHT_PATTERNS, load_model, resolve_model
@@ -139,7 +139,7 @@ def _try(job: TrialJob) -> Speed:
     with _loaded(job) as model:
         scorer = ResponseScorer(model, pad_id=0)
         scorer.layout = choose_layout(scorer).layout
-        plans = _plans(job, scorer.vocab_size, padded=scorer.layout != "packed")
+        plans = _plans(job, scorer)
         num_tokens, seconds, chosen = 0, 0.0, list[float]()
         for at, plan in enumerate([plans[0], *plans]):
             started, rows = time.monotonic(), [job.rows[place] for place in plan.places]
@@ -168,10 +168,9 @@ def _compute(scorer: Any, rows: list[Row], num_head_chunks: int, trains: bool) -
     return []
 
 
-def _plans(job: TrialJob, vocab_size: int, padded: bool) -> list[MicroBatchPlan]:
-    lengths = [row.num_tokens for row in job.rows]
-    scored = [sum(map(len, row.response_ids)) for row in job.rows]
-    plans = plan_batch(lengths, scored, 1, job.batch_tokens, head_chunk_positions(vocab_size), padded)[0]
+def _plans(job: TrialJob, scorer: Any) -> list[MicroBatchPlan]:
+    chunk = head_chunk_positions(scorer.vocab_size)
+    (plans,) = plan_rows(sizes_of(job.rows), scorer.layout, scorer.max_shared_tokens, 1, job.batch_tokens, chunk)
     return [plans[at] for at in np.random.default_rng(job.seed).permutation(len(plans))]
 
 

@@ -36,6 +36,7 @@ LAYERS = [
         "alarms",
         "allocator",
         "attention",
+        "bfloat16",
         "logprobs",
         "metrics",
         "formats",

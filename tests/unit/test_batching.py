@@ -1,9 +1,12 @@
+import heapq
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 
-from caldpo_ray.batching import Schedule, head_chunk_positions, plan_batch
+from caldpo_ray.batching import Schedule, head_chunk_positions, plan_batch, plan_rows, sizes_of
+from caldpo_ray.schema import Layout, Row
 
 SCHEDULE = Schedule(num_rows=10, batch_size=4, epochs=3, seed=1, shuffle=True)
 
@@ -105,3 +108,58 @@ def test_more_ranks_than_rows_gives_empty_micro_batches(padded: bool) -> None:
 def test_chunks_bound_the_logits() -> None:
     assert head_chunk_positions(151_936) == 256
     assert head_chunk_positions(8192) * 8192 * 4 == 64 * 2**20
+
+
+WINDOW = 100
+
+
+def rows_of(*lengths: tuple[int, ...]) -> list[Row]:
+    """Rows by (prompt, *responses) in tokens."""
+    return [
+        Row(str(at), np.ones(prompt, np.int32), [np.ones(n, np.int32) for n in responses], np.zeros(len(responses)))
+        for at, (prompt, *responses) in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_row_beyond_the_window_has_no_other_copy_its_prompt(layout: Layout, world_size: int) -> None:
+    """It runs concatenated, and whatever is in one micro-batch with it."""
+    rows = rows_of(*[(40, 20, 20)] * 40, (90, 40, 5), (98, 1, 2, 3), (60, 41, 1))
+    plans = plan_rows(sizes_of(rows), layout, WINDOW, world_size, 400, 10**6)
+    parts = [part for plan in plans for part in plan if part.places]
+    assert sorted(place for part in parts for place in part.places) == list(range(43))
+    assert len({len(plan) for plan in plans}) == 1, "all ranks run equally many"
+    assert {40, 41, 42} == {place for part in parts if set(part.places) & {40, 41, 42} for place in part.places}
+    for part in parts:
+        copies = [len(rows[place].response_ids) if place >= 40 else 1 for place in part.places]
+        costs = [
+            rows[place].num_tokens + (k - 1) * len(rows[place].prompt_ids)
+            for place, k in zip(part.places, copies, strict=True)
+        ]
+        assert sum(costs) <= 400 or len(costs) == 1
+
+
+def test_without_a_window_nothing_runs_apart() -> None:
+    rows = rows_of(*[(40, 20, 20)] * 10, (90, 40, 5))
+    sizes = sizes_of(rows)
+    together = plan_rows(sizes, "packed", None, 2, 400, 10**6)
+    assert together == plan_batch([row.num_tokens for row in rows], sizes.scored.tolist(), 2, 400, 10**6, padded=False)
+    copies = [row.num_tokens + len(row.prompt_ids) for row in rows]
+    assert plan_rows(sizes, "concatenated", None, 2, 400, 10**6) == plan_batch(
+        copies, sizes.scored.tolist(), 2, 400, 10**6, padded=True
+    )
+
+
+def test_many_rows_of_more_than_half_a_budget_are_cut_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group for each: counted up to from what their sum would need, each row was dealt as often as there are groups."""
+    dealt, deal = 0, heapq.heapreplace
+
+    def count(*arguments: Any) -> Any:
+        nonlocal dealt
+        dealt += 1
+        return deal(*arguments)
+
+    monkeypatch.setattr(heapq, "heapreplace", count)
+    (plan,) = plan_batch([60] * 500 + [10] * 500, [1] * 1000, 1, 100, 10**6, padded=False)
+    assert len(plan) == 500 and dealt == 1000, "each row once"

@@ -103,9 +103,9 @@ def test_workers_of_an_older_group_are_turned_away(folder: str) -> None:
 def test_a_node_that_does_not_see_the_rows_says_so(folder: str) -> None:
     async def run() -> None:
         feed = Feed(config(folder), [f"{folder}-elsewhere"], None)
-        with pytest.raises(InputError, match=r"rows-elsewhere/manifest\.json: cannot be read"):
+        with pytest.raises(NotReady, match=r"rows-elsewhere/manifest\.json: cannot be read"):
             await share(feed, request(0, 0, 2))
-        with pytest.raises(InputError, match="rows-elsewhere"):
+        with pytest.raises(NotReady, match="rows-elsewhere"):
             (await feed.progress()).raise_failure()
 
     asyncio.run(run())
