@@ -271,7 +271,7 @@ class MeasuredFeed(Feed):
         with Meter() as self._opening:
             super().__init__(config, folders, job)
         self._planning = 0.0
-        feed.plan_batch = self._timed(feed.plan_batch)
+        feed.plan_rows = self._timed(feed.plan_rows)
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -342,7 +342,7 @@ def measure_feed(folder: Path, num_rows: int) -> Iterator[Line]:
             name = f"batch {batch_size}, {world_size} ranks"
             yield Line(
                 num_rows, f"feed: {name}", num_rows, found["seconds"], num_rows / found["cpu"], found["mib"],
-                f"{found['planning'] / found['cpu']:.0%} plan_batch; unpacking {num_rows / found['unpacking']:,.0f} rows/s",
+                f"{found['planning'] / found['cpu']:.0%} plan_rows; unpacking {num_rows / found['unpacking']:,.0f} rows/s",
             )  # fmt: skip
             yield through_ray(served, num_rows, batch_size, world_size, name)
             ray.kill(served)

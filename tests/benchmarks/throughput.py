@@ -5,27 +5,39 @@
 
 `DATA` is what `data.train` takes (default: the harmless rows of Anthropic HH if they lie in ../shared, else rows of the embedded
 world at several ratios of prompt to response). Nothing of the rows is printed. First the losses of ten steps must agree, or this
-ends with code 1; then every system runs in turn (A B C A B C), each alone on the machine; then the memory of the LM head, and
-scaling. `throughput.json` and `throughput.md` are written after each part. How rates are taken: see `systems.py`.
+ends with code 1; then every system runs in turn (A B C A B C), each alone on the machine; then the memory of the LM head, scaling,
+and the stages before training (`rows.py`). `throughput.json` and `throughput.md` are written after each part, `rows.json` and
+`rows.md` after the last. How rates are taken: see `systems.py`.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from tests.benchmarks import head_memory, scaling
 from tests.benchmarks.inputs import ABOUT_1B, HH, first_pairs, make_model, mixed_world_pairs, tokenised, write_lines
-from tests.benchmarks.report import Runs, compare_losses, machine, markdown, summarise
+from tests.benchmarks.report import (
+    TOLERANCES,
+    Runs,
+    compare_losses,
+    compare_threads,
+    machine,
+    markdown,
+    summarise,
+)
 from tests.benchmarks.systems import (
     FIRST_STEADY_STEP,
     LORA,
     OURS,
+    OURS_COLD,
     SYSTEMS,
     TRL,
     TRL_BOTH,
@@ -33,11 +45,13 @@ from tests.benchmarks.systems import (
     Measured,
     Setting,
     System,
+    trl_weights,
     with_precompute,
 )
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}  # bfloat16 keeps 8 bits, and the two round at different places
+CHECKED = (TRL, OURS, TRL_PRECOMPUTED, OURS_COLD)  # not LoRA: each system draws adapters of its own
 STEPS = 12
+PARTS = ("systems", "head", "scaling", "rows")
 STARTED = time.monotonic()
 
 
@@ -67,12 +81,37 @@ def run(system: System, setting: Setting) -> Measured:
     return measured
 
 
-def check_losses(setting: Setting, tolerance: float) -> tuple[Runs, dict[str, Any]]:
-    """One run of TRL and one of ours, which count as their first; exits with code 1 where their losses differ."""
-    runs: Runs = {system: [run(system, setting)] for system in (TRL, OURS)}
-    check = compare_losses(runs[OURS][0].losses, runs[TRL][0].losses, tolerance)
-    say(f"losses of {check['steps']} steps agree to {check['largest_difference']:.1e}")
-    return runs, check
+def choose_attention(setting: Setting) -> Setting:
+    """TRL's attention: SDPA, or the faster of it and FlashAttention in a run each where the latter is installed for a GPU."""
+    if not (setting.gpu and setting.dtype == "bfloat16" and importlib.util.find_spec("flash_attn")):
+        return setting
+    several = [replace(setting, trl_attention=name) for name in ("sdpa", "flash_attention_2")]
+    rates = {each.trl_attention: run(TRL, each).rows_per_second for each in several}
+    fastest = max(several, key=lambda each: rates[each.trl_attention])
+    measured = ", ".join(f"{name} {rate:.2f} pairs/s" for name, rate in rates.items())
+    say(f"TRL goes on with {fastest.trl_attention}: {measured}")
+    return fastest
+
+
+def first_runs(setting: Setting) -> tuple[Runs, dict[str, Any], list[float]]:
+    """One run of each checked system, which counts as its first, and peaks between them.
+
+    Exits with code 1 where losses differ, or the threads of the CPU where ours were not chosen.
+    """
+    runs: Runs = {}
+    checks, peaks, tolerance = [], [peak_flops(setting)], TOLERANCES[setting.dtype]
+    for system in CHECKED:
+        measured = run(system, setting)
+        for other, (first,) in runs.items():
+            names = (system.name, other.name)
+            if setting.threads is None and not setting.gpu:
+                compare_threads(names, measured.extra["num_threads"], first.extra["num_threads"])
+            checks.append(compare_losses(names, measured.losses, first.losses, tolerance))
+        runs[system] = [measured]
+        peaks.append(peak_flops(setting))
+    largest = max(check["largest_difference"] for check in checks)
+    say(f"losses of {checks[0]['steps']} steps agree to {largest:.1e}")
+    return runs, {**checks[0], "largest_difference": largest, "systems": [system.name for system in CHECKED]}, peaks
 
 
 def peak_flops(setting: Setting) -> float:
@@ -81,11 +120,11 @@ def peak_flops(setting: Setting) -> float:
     return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def measure_systems(setting: Setting, repetitions: int, runs: Runs, first_peak: float) -> tuple[Runs, list[float]]:
+def all_runs(setting: Setting, repetitions: int, runs: Runs, first_peaks: list[float]) -> tuple[Runs, list[float]]:
     """All systems in turn, as often as asked; `runs` holds what ran already. The best peak of each repetition."""
     peaks = []
     for repetition in range(repetitions):
-        found = [peak_flops(setting), *([] if repetition else [first_peak])]
+        found = [peak_flops(setting), *([] if repetition else first_peaks)]
         for system in SYSTEMS:
             several = runs.setdefault(system, [])
             if system is TRL_BOTH:
@@ -118,7 +157,9 @@ def facts_of(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
         **dict(zip(("prompt_tokens", "chosen_tokens", "rejected_tokens"), means, strict=True)),
         "batch_size": setting.batch_size,
         "dtype": setting.dtype,
-        "trl_weights": setting.trl_weights if setting.dtype == "bfloat16" else setting.dtype,
+        "trl_weights": trl_weights(setting),
+        "trl_micro_batch": setting.trl_micro_batch,
+        "trl_attention": setting.trl_attention,
         "gpu": setting.gpu,
         "workers": setting.workers,
         "threads": setting.threads,
@@ -133,25 +174,23 @@ def write(found: dict[str, Any], folder: Path) -> None:
     (folder / "throughput.md").write_text(markdown(found))
 
 
+def measure_systems(setting: Setting, repetitions: int, costs: dict[bool, Any]) -> dict[str, Any]:
+    say(f"first the losses of {len(CHECKED)} systems, in {repetitions} x {len(SYSTEMS) - 1} runs")
+    runs, check, first_peaks = first_runs(setting)
+    runs, peaks = all_runs(setting, repetitions, runs, first_peaks)
+    rows = tokenised(setting.rows, setting.model)
+    return {"check": check, "peak_flops": peaks, "systems": summarise(runs, peaks, rows, costs, setting.gpu)}
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        setting = prepare(options, Path(scratch))
-        say(
-            f"{options.pairs} pairs; first the losses of both systems, then {options.repetitions} x {len(SYSTEMS) - 1} runs"
-        )
-        first_peak = peak_flops(setting)
-        runs, check = check_losses(setting, TOLERANCES[setting.dtype])
-        runs, peaks = measure_systems(setting, options.repetitions, runs, first_peak)
+        setting = choose_attention(prepare(options, Path(scratch)))
         costs, parameters = costs_of(setting)
-        rows = tokenised(setting.rows, setting.model)
-        found: dict[str, Any] = {
-            "machine": machine(),
-            "setting": {**facts_of(setting, options), "parameters": parameters},
-            "check": check,
-            "peak_flops": peaks,
-            "systems": summarise(runs, peaks, rows, costs, setting.gpu),
-        }
+        facts = {**facts_of(setting, options), "parameters": parameters}
+        found: dict[str, Any] = {"machine": machine(), "setting": facts}
+        if "systems" not in options.skip:
+            found |= measure_systems(setting, options.repetitions, costs)
         write(found, options.output)
         if "head" not in options.skip:
             say(f"memory of the LM head: {len(head_memory.LENGTHS) + 1} processes")
@@ -164,13 +203,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             for entry in scaling.measure(setting, points, say):
                 found["scaling"].append(entry)
                 write(found, options.output)
-    if options.rows:
-        say(f"cost of the stages before training, for {', '.join(map(str, options.rows))} rows")
-        numbers = map(str, options.rows)
+    if "rows" not in options.skip:
+        numbers = [str(number) for number in options.rows]
+        say(f"cost of the stages before training, for {', '.join(numbers)} rows")
         subprocess.run(
             [sys.executable, "-m", "tests.benchmarks.rows", "--rows", *numbers, "--output", options.output], check=True
         )
     print(f"\n{markdown(found)}\nEvery run: {(options.output / 'throughput.json').absolute()}")
+    if "rows" not in options.skip:
+        print(f"The stages before training: {(options.output / 'rows.md').absolute()}")
     return found
 
 
@@ -186,9 +227,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=1, help="our policy workers")
     add("--threads", type=int, help="torch threads of each; default: the cores shared by them")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="more of our config")
-    add("--trl-weights", default="float32", choices=tuple(TOLERANCES), help="TRL's weights where --dtype is bfloat16")
-    add("--skip", nargs="+", default=[], choices=("head", "scaling"))
-    add("--rows", type=int, nargs="+", default=[], help="also the stages before training, for so many rows each")
+    add(
+        "--trl-weights", default="float32", choices=tuple(TOLERANCES),
+        help="TRL's where --dtype is bfloat16, without LoRA: its frozen weights are bfloat16 then",
+    )  # fmt: skip
+    add("--skip", nargs="+", default=[], choices=PARTS, help="parts that are neither measured nor in the files")
+    add("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="of the stages before training")
     add("--output", type=Path, default=Path("bench"))
     options = parser.parse_args(arguments)
     options.batch_size = options.batch_size or (32 if options.gpu else 8)

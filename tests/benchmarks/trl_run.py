@@ -1,6 +1,5 @@
 """One training run of TRL's DPOTrainer in a process of its own: settings as JSON in, facts as JSON out."""
 
-import importlib.util
 import json
 import sys
 import time
@@ -42,17 +41,15 @@ class TimedTrainer(DPOTrainer):
 def trainer_arguments(settings: dict[str, Any]) -> DPOConfig:
     """Dropout and weight decay off, nothing computed twice to save memory, AdamW and clipping as in our runs."""
     autocast = settings["dtype"] == "bfloat16" and settings["weights"] == "float32"
-    model: dict[str, Any] = {"dtype": settings["weights"]}
-    if settings["gpu"]:
-        flash = importlib.util.find_spec("flash_attn") is not None
-        model["attn_implementation"] = "flash_attention_2" if flash else "sdpa"
+    model: dict[str, Any] = {"dtype": settings["weights"], "attn_implementation": settings["attention"]}
     return DPOConfig(
         output_dir=settings["folder"],
         beta=settings["beta"],
-        per_device_train_batch_size=settings["batch_size"],
+        per_device_train_batch_size=settings["micro_batch"],
+        gradient_accumulation_steps=settings["batch_size"] // settings["micro_batch"],
         train_sampling_strategy="sequential",
         max_length=settings["max_length"],
-        num_train_epochs=1,
+        num_train_epochs=settings["epochs"],
         learning_rate=settings["learning_rate"],
         lr_scheduler_type="constant",
         max_grad_norm=1.0,

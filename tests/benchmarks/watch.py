@@ -1,4 +1,4 @@
-"""A process tree from outside: what it holds, when its first step ended, and how long its reference scored before that."""
+"""A process tree from outside: what it holds, when each of its steps ended, and how long its reference scored before the first."""
 
 import shutil
 import subprocess
@@ -11,23 +11,26 @@ import psutil
 # What Ray writes over the command line of its actors; others are Ray itself, and the root is the driver (or all of TRL).
 ROLES = {"policy": "RayTrainWorker", "reference": "ReferenceScorer", "feed": "ray::Feed"}
 SCORING = ".submit"  # the method of Ray Data's actors that runs the scorer
-CLOSE_SECONDS, LOOSE_SECONDS, MEMBERS_SECONDS = (
-    0.1,
-    0.5,
-    1.0,
-)  # before the first step, after it, between lists of processes
+POLL_SECONDS = 0.02  # between looks at the metrics and at whether the command has ended
+CLOSE_SECONDS, LOOSE_SECONDS = 0.1, 0.5  # between looks at what processes do: before the first step, after it
+MEMBERS_SECONDS = 1.0  # between lists of processes
+WHOLE_SECONDS = 1.0  # at least, between looks at what they hold together, which take 12 ms of a core for a GiB
+WHOLE_SHARE = 0.02  # of a core, at most, for these looks
 
 
 @dataclass
 class Watched:
-    """Peak resident MiB by process and role so far, peak MiB of the GPUs, and times in seconds since the epoch."""
+    """Peak MiB so far: resident by process and role, of all processes together, of the GPUs; times in seconds since the epoch."""
 
     started: float
     ended: float = 0.0
     peaks: dict[int, tuple[str, float]] = field(default_factory=dict)
+    whole_mib: float = 0.0
     gpu_mib: float | None = None
-    first_line: float = 0.0
-    """When the first line of metrics was there, that is, when the first step had ended."""
+    line_times: list[float] = field(default_factory=list)
+    """When each line of metrics was written, that is, when each step had ended."""
+    num_bytes: int = 0
+    """Of these lines."""
     scoring: list[tuple[float, float]] = field(default_factory=list)
     """From and to when the reference was scoring, before the first line of metrics."""
 
@@ -48,24 +51,53 @@ def watch(command: list[str], metrics: Path | None, log: Path) -> Watched:
     with log.open("w") as output:
         seen = Watched(time.time())
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        members, listed, last = [psutil.Process(process.pid)], 0.0, time.time()
+        members, listed, looked, summed, pause = [psutil.Process(process.pid)], 0.0, 0.0, 0.0, WHOLE_SECONDS
         while process.poll() is None:
-            now = time.time()
+            now, awaits_first = time.time(), metrics is not None and not seen.line_times
+            if metrics is not None:
+                note_lines(metrics, seen)
             if now - listed > MEMBERS_SECONDS:
                 members, listed = _tree(process.pid), now
-            scoring = _look(members, process.pid, seen)
-            if metrics is not None and not seen.first_line:
-                seen.scoring += [(last, now)] if scoring else []
-                seen.first_line = now if metrics.exists() else 0.0
-            last = now
-            try:
-                process.wait(LOOSE_SECONDS if metrics is None or seen.first_line else CLOSE_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
+            if now - looked > (CLOSE_SECONDS if awaits_first else LOOSE_SECONDS):
+                scoring = _look(members, process.pid, seen)
+                seen.scoring += [(looked, now)] if scoring and awaits_first else []
+                looked = now
+            if now - summed > pause:
+                before = time.process_time()
+                seen.whole_mib = max(seen.whole_mib, whole_mib(members))
+                summed, pause = now, max(WHOLE_SECONDS, (time.process_time() - before) / WHOLE_SHARE)
+            time.sleep(POLL_SECONDS)
         seen.ended = time.time()
+    if metrics is not None:
+        note_lines(metrics, seen)
     if process.returncode != 0:
         raise SystemExit(f"{' '.join(command)} ended with code {process.returncode}:\n{log.read_text()[-3000:]}")
     return seen
+
+
+def note_lines(metrics: Path, seen: Watched) -> None:
+    """Note when lines that are new were written; several since the last look get the time of the last one."""
+    try:
+        facts = metrics.stat()
+    except FileNotFoundError:
+        return
+    if facts.st_size > seen.num_bytes:
+        with metrics.open("rb") as file:
+            file.seek(seen.num_bytes)
+            new = file.read(facts.st_size - seen.num_bytes)
+        seen.line_times += [facts.st_mtime] * new.count(b"\n")
+        seen.num_bytes = facts.st_size
+
+
+def whole_mib(members: list[psutil.Process]) -> float:
+    """Proportional set sizes now, added up: memory that several processes map counts once."""
+    found = 0
+    for member in members:
+        try:
+            found += int(Path(f"/proc/{member.pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0])
+        except (OSError, IndexError):
+            continue  # it ended meanwhile
+    return found / 1024
 
 
 def _tree(pid: int) -> list[psutil.Process]:

@@ -1,9 +1,12 @@
 """What is arithmetic in the benchmark; the oracle of TRL's work is torch's own counter around TRL's own head."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,9 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from caldpo_ray.flops import ForwardCost, forward_cost
 from caldpo_ray.logprobs import concatenated_batch
 from tests.benchmarks.inputs import RATIOS, mixed_world_pairs, world_rows
-from tests.benchmarks.report import compare_losses, summarise, systems_table
-from tests.benchmarks.systems import OURS, OURS_COLD, TRL, TRL_BOTH, TRL_PRECOMPUTED, Measured, with_precompute
-from tests.benchmarks.watch import Watched, watch
+from tests.benchmarks.report import compare_losses, compare_threads, markdown, summarise, systems_table
+from tests.benchmarks.systems import (
+    OURS,
+    OURS_COLD,
+    TRL,
+    TRL_BOTH,
+    TRL_PRECOMPUTED,
+    Measured,
+    Setting,
+    step_seconds,
+    with_precompute,
+)
+from tests.benchmarks.throughput import parse
+from tests.benchmarks.watch import Watched, note_lines, watch, whole_mib
 from tests.benchmarks.work import our_flops, trl_flops
 from tests.unit.tiny_models import PAD_ID, random_rows, tiny_model
 
@@ -64,15 +78,31 @@ def test_the_reference_is_one_more_forward_pass() -> None:
 @pytest.mark.parametrize("step", [0, 9])
 def test_losses_that_differ_stop_the_benchmark(wrong: float, step: int) -> None:
     losses = [0.69] * 12
-    found = compare_losses([*losses[:10], 9, 9], [0.69 * 1.0005] * 12, 1e-3)
+    names = ("caldpo_ray, cold store", "TRL, precomputed")
+    found = compare_losses(names, [*losses[:10], 9, 9], [0.69 * 1.0005] * 12, 1e-3)
     assert found == {"steps": 10, "largest_difference": pytest.approx(5e-4, rel=1e-2), "tolerance": 1e-3}
-    with pytest.raises(SystemExit, match="differ by more than 1e-03") as stopped:
-        compare_losses([*losses[:step], wrong, *losses[step + 1 :]], losses, 1e-3)
+    with pytest.raises(SystemExit, match="cold store and of TRL, precomputed differ by more than 1e-03") as stopped:
+        compare_losses(names, [*losses[:step], wrong, *losses[step + 1 :]], losses, 1e-3)
     assert isinstance(stopped.value.code, str)  # which Python prints before it exits with code 1
 
 
+def test_threads_that_differ_stop_the_benchmark() -> None:
+    compare_threads(("ours", "theirs"), 2, 2)
+    with pytest.raises(SystemExit, match="ours computes with 2 threads, theirs with 1"):
+        compare_threads(("ours", "theirs"), 2, 1)
+
+
+def test_trl_accumulates_to_the_same_batch() -> None:
+    def micro_batch(batch_size: int, gpu: bool) -> int:
+        return Setting(Path(), Path(), Path(), batch_size, gpu=gpu).trl_micro_batch
+
+    assert [micro_batch(size, True) for size in (4, 8, 12, 32)] == [4, 8, 4, 8]
+    assert micro_batch(32, False) == 32
+
+
 def measured(step_seconds: list[float], first: int, other_seconds: float = 0.0, **mib: float) -> Measured:
-    return Measured([0.69] * len(step_seconds), step_seconds, 2, first, 5.0, 9.0, mib, None, other_seconds)
+    whole = 10 + sum(mib.values())
+    return Measured([0.69] * len(step_seconds), step_seconds, 2, first, 5.0, 9.0, mib, whole, None, other_seconds)
 
 
 def test_rates() -> None:
@@ -83,6 +113,15 @@ def test_rates() -> None:
     assert (
         with_precompute(precomputed).rows_per_second == 1
     )  # half of the rows are timed, and half of the pass with them
+
+
+HOST = {"processor": "a CPU", "cores": 2, "memory_gib": 8.0, "gpus": [], "python": "3.11", "versions": {"trl": "1.16"}}
+SETTING = {
+    "data": "rows", "pairs": 6, "prompt_tokens": 4.0, "chosen_tokens": 2.0, "rejected_tokens": 3.0, "batch_size": 2,
+    "dtype": "bfloat16", "parameters": 17e6, "gpu": False, "trl_micro_batch": 2, "trl_attention": "sdpa", "workers": 1,
+    "repetitions": 2,
+}  # fmt: skip
+PAGE = {"machine": HOST, "setting": SETTING}
 
 
 def test_summary_and_table() -> None:
@@ -107,9 +146,57 @@ def test_summary_and_table() -> None:
     # TRL: 13 tokens; 11 logits, which it computes twice; and forward once more.
     assert found[TRL.name]["share_of_peak"] == pytest.approx((4 * 1300 + 5 * 110) * 0.5 / 20_000)
     assert found[TRL.name]["training_mib"] == 3000 and found[OURS_COLD.name]["training_mib"] == 2
+    assert found[TRL.name]["whole_mib"] == 3010 and found[OURS_COLD.name]["whole_mib"] == 21
     head, _, *lines = systems_table(found, gpu=False).splitlines()
     assert head.split(" | ")[:4] == ["| system", "pairs/s", "× TRL", "× TRL precomputed"]
     assert lines[-1].split(" | ")[:5] == [f"| {OURS.name}", "1.50", "4.00", "2.00", "14"]
+    memory = next(at for at, title in enumerate(head.split(" | ")) if title.startswith("peak memory of training"))
+    assert lines[-1].split(" | ")[memory : memory + 2] == ["1000", "1019"]
+    check = {"steps": 3, "largest_difference": 2e-3, "tolerance": 3e-2, "systems": [TRL.name, OURS.name]}
+    page = markdown(PAGE | {"check": check, "peak_flops": peaks, "systems": found})
+    assert head in page and "micro-batches" not in page
+    assert f"agree to 2.0e-03 between TRL; {OURS.name}. Allowed in bfloat16 is 3e-02: bfloat16 keeps 8 bits" in page
+
+
+def test_page_without_the_systems() -> None:
+    head = {"system": "TRL", "tokens": 4096, "all_logits_mib": 1.0, "above_mib": 2.0, "peak_mib": 3.0}
+    page = markdown(PAGE | {"head_memory": [head]})
+    assert "| TRL | 4096 |" in page and "× TRL" not in page and "Scaling" not in page
+
+
+def test_every_part_runs_unless_it_is_left_out() -> None:
+    assert parse([]).skip == [] and parse([]).rows == [10_000, 100_000, 1_000_000]
+    assert parse(["--skip", "systems", "rows"]).skip == ["systems", "rows"]
+
+
+def test_steps_last_from_the_end_of_the_one_before() -> None:
+    """The first one as long as the workers say, so that what was scored before it was asked for is known."""
+    lines = [{"wall_seconds": seconds} for seconds in (3.0, 1.0, 1.0)]
+    seconds = step_seconds(lines, [103.5, 105.0, 106.25])
+    assert seconds == [3.0, 1.5, 1.25]
+    asked = 103.5 - seconds[0]
+    assert asked + sum(seconds) == 106.25
+    with pytest.raises(AssertionError):
+        step_seconds(lines, [103.5, 105.0])
+
+
+def test_lines_of_metrics_are_noted_when_they_are_written(tmp_path: Path) -> None:
+    seen, metrics = Watched(0.0), tmp_path / "metrics.jsonl"
+    note_lines(metrics, seen)
+    assert seen.line_times == []
+    for text, moment in (("first\n", 5), ("", 6), ("second\nthird\n", 9)):
+        with metrics.open("a") as file:
+            file.write(text)
+        os.utime(metrics, (moment, moment))
+        note_lines(metrics, seen)
+    assert seen.line_times == [5, 9, 9]
+
+
+def test_lines_written_at_the_very_end_are_noted(tmp_path: Path) -> None:
+    code = "import sys; open(sys.argv[1], 'w').write('first\\nsecond\\n')"
+    metrics = tmp_path / "metrics.jsonl"
+    seen = watch([sys.executable, "-c", code, str(metrics)], metrics, tmp_path / "log")
+    assert len(seen.line_times) == 2 and seen.started - 1 < seen.line_times[0] <= seen.ended
 
 
 def test_seconds_scored_before_training_began() -> None:
@@ -127,6 +214,25 @@ def test_memory_of_a_command_is_its_peak(tmp_path: Path) -> None:
     code = "held = bytearray(200 * 2**20); del held; sum(range(50_000_000))"
     seen = watch([sys.executable, "-c", code], None, tmp_path / "log")
     assert 200 < seen.mib()["driver"] < 260
+    assert 0 < seen.whole_mib < 260
+
+
+def test_shared_memory_counts_once() -> None:
+    code = """
+import os, sys
+shared = bytearray(os.urandom(2**20) * 100)
+if os.fork() == 0:
+    own = bytearray(os.urandom(2**20) * 50)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and [process.stdout.readline() for _ in range(2)] == [b"ready\n"] * 2
+        root = psutil.Process(process.pid)
+        members = [root, *root.children(recursive=True)]
+        assert len(members) == 2 and 150 < whole_mib(members) < 200
+        process.communicate()
+    assert whole_mib(members) == 0  # they ended
 
 
 def test_world_rows_have_the_lengths_asked_for() -> None:
