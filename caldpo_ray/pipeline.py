@@ -6,7 +6,7 @@ Every stage knows its own input; only this module knows their order. `train` ret
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,12 @@ from caldpo_ray.feed import Feed, Progress, count_split, schedules
 from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
 from caldpo_ray.interrupts import own_signals_kept
+from caldpo_ray.leaving import Ended
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model, tell_of_code
 from caldpo_ray.node_check import require_alike
-from caldpo_ray.placement import not_placed, require_placeable, room_for_workers, scaling, this_node
+from caldpo_ray.placement import get, not_placed, room_for_workers, room_to_prepare, room_to_train, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -157,15 +158,18 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
     require_installed(config.loggers, config.run_dir)
     require_objective(config.objective)
     deepspeed_config(config, config.train.most_workers)
-    objective = config.objective
-    require_placeable(config, objective.needs_reference, needs_workers=needs_workers)
-    require_alike(config)
+    with room_to_prepare(config, needs_workers):
+        require_alike(config)
+        return _prepare(config, run, min_responses or config.objective.min_responses)
+
+
+def _prepare(config: Config, run: RunDir, least: int) -> Prepared:
     tell_of_code(config.model)
     cache = open_path(config.run.output_dir).absolute() / ".cache"
     policy = _resolve(config, config.model.name_or_path, config.model.revision, run.init, cache)
     model = config.model.model_copy(update={"name_or_path": policy.path, "revision": policy.revision})
     sources = [config.data.train, *([config.data.eval] if isinstance(config.data.eval, str) else [])]
-    least, wait_seconds = min_responses or objective.min_responses, config.train.wait_timeout_seconds
+    wait_seconds = config.train.wait_timeout_seconds
     facts = [
         build_rows(source, config.data, model, policy.tokenizer, cache / "rows", least, wait_seconds)
         for source in sources
@@ -177,7 +181,7 @@ def prepare(config: Config, run: RunDir, needs_workers: bool = True, min_respons
         reused = ", tokenised earlier" if fact.reused else ""
         say(f"data: {fact.num_rows} rows from {source} ({fact.num_bad} bad, {fact.num_truncated} prompts cut{reused})")
     num_train, num_eval = _count_rows(config, facts)
-    frozen = _resolve_reference(config, run, policy, cache) if objective.needs_reference else None
+    frozen = _resolve_reference(config, run, policy, cache) if config.objective.needs_reference else None
     job = None if frozen is None else _reference_job(config, frozen)
     return Prepared(config, run, policy, frozen, job, facts, num_train, num_eval)
 
@@ -298,19 +302,19 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
     from caldpo_ray.trainer import PolicyTrainer, run_config
 
     config, run = prepared.config, prepared.run
-    side_by_side = prepared.side_by_side
-    if side_by_side is None:
-        side_by_side = require_placeable(config, prepared.job is not None, needs_data=False)
-    write_manifest(prepared, [])
-    feed = (
-        ray.remote(Feed)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node())
-        .remote(config, prepared.folders, prepared.job, newest_step(run.checkpoints), prepared.num_report > 0)
-    )
-    feed.start.remote()
+    room: AbstractContextManager[Any] = nullcontext((prepared.job is not None, prepared.side_by_side))
+    if prepared.side_by_side is None:
+        room = room_to_train(config, prepared.job, prepared.folders)
+    with room as (scores, side_by_side):
+        write_manifest(prepared, [])
+        feed = (
+            ray.remote(Feed)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node())
+            .remote(config, prepared.folders, prepared.job, newest_step(run.checkpoints), prepared.num_report > 0)
+        )
+        feed.start.remote()
     if not side_by_side:
         say("the cluster has no room for policy and reference at once: the reference fills its store first")
-        get(feed.reference_complete.remote(), "reference log-probs", config, news=lambda: _progress(feed).reference)
     ranked = {}
     if prepared.num_eval:
         ranked = {
@@ -321,7 +325,7 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
         train_loop,
         feed,
         controller,
-        room=partial(room_for_workers, config, prepared.job is not None and side_by_side),
+        room=partial(room_for_workers, config, scores and side_by_side),
         placement_seconds=config.train.placement_timeout_seconds,
         wait_seconds=config.train.wait_timeout_seconds,
         train_loop_config=worker_settings(prepared, feed),
@@ -331,6 +335,9 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
     num_steps = schedules(config, prepared.num_train, prepared.num_eval)["train"].num_steps
     try:
         with watch(feed, run.metrics, num_steps):
+            if not side_by_side:
+                scored = feed.reference_complete.remote()
+                get(scored, "reference log-probs", config, news=lambda: _progress(feed).reference)
             try:
                 trainer.fit()
             except Exception as error:
@@ -352,20 +359,12 @@ def _why_stopped(error: Exception, progress: Progress, config: Config) -> Except
     return find_error(error) or RunError(f"training stopped: {last_line(error)}")
 
 
-def train_loop(settings: dict[str, Any]) -> bool:
+def train_loop(settings: dict[str, Any]) -> Ended:
     """What a worker runs; imported there, so that the driver needs no transformers."""
     with large_imports():
         from caldpo_ray.training import train_loop_per_worker
 
     return train_loop_per_worker(settings)
-
-
-def get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
-    """`wait_for` as long as the config says, and what a task failed with as our own error."""
-    try:
-        return wait_for(reference, what, config.train.wait_timeout_seconds, news)
-    except Exception as error:
-        raise find_error(error) or error from None
 
 
 def _progress(feed: Any) -> Progress:

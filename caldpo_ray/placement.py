@@ -1,19 +1,30 @@
-"""Does what a run starts fit this cluster? Asked before anything starts, because Ray itself waits for ever."""
+"""What does a run start, and does it fit this cluster? Asked before anything starts, because Ray itself waits for ever."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from caldpo_ray.access import OWN_CLUSTER, is_our_own
+from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config
-from caldpo_ray.data import TOKENISE_CPUS
-from caldpo_ray.errors import InputError, NotReady, RunError
+from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS
+from caldpo_ray.errors import InputError, NotReady, RunError, find_error
+from caldpo_ray.feed import schedules, split_rows
 from caldpo_ray.options import lowest
+from caldpo_ray.reference import ReferenceJob
+from caldpo_ray.rows import RowCache
+from caldpo_ray.storage import open_path, reaching
+from caldpo_ray.store import ReferenceStore, join
+from caldpo_ray.waiting import wait_for
 
 Resources = dict[str, float]
 POLL_SECONDS = 1.0
 RESIZE_SECONDS = 10.0  # between two looks at whether workers can be added
+KEEP_SECONDS = 10.0  # for nodes to hear that they are kept; they do at once, unless one is just going
 
 
 @dataclass(frozen=True)
@@ -83,14 +94,31 @@ def data_task(config: Config) -> Bundle:
 
 
 def assign(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, Node | None]]:
-    """Each bundle, largest first, with the first node that has room for it beside those before; None where none has."""
+    """Each bundle with a node that has room for it beside the others; None where first fit finds none.
+
+    It is tried twice: the largest bundle first, and where that leaves one out, the one that the fewest nodes can take.
+    """
+
+    def size(bundle: Bundle) -> tuple[float, ...]:
+        return -bundle.resources["GPU"], -len(bundle.labels), -bundle.resources["CPU"]
+
+    def choice(bundle: Bundle) -> tuple[float, ...]:
+        return sum(_takes(node.resources, bundle, node) for node in nodes), *size(bundle)
+
+    largest_first = _first_fit(sorted(wanted, key=size), nodes)
+    if all(node for _, node in largest_first):
+        return largest_first
+    choosiest_first = _first_fit(sorted(wanted, key=choice), nodes)
+    return choosiest_first if all(node for _, node in choosiest_first) else largest_first
+
+
+def _first_fit(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle, Node | None]]:
+    """Each bundle, in this order, with the first node that has room for it beside those before."""
     free, found = [dict(node.resources) for node in nodes], []
-    for bundle in sorted(wanted, key=lambda b: (-b.resources["GPU"], -len(b.labels), -b.resources["CPU"])):
+    for bundle in wanted:
         place = None
         for node, left in zip(nodes, free, strict=True):
-            if admits(bundle.labels, node.labels) and all(
-                left.get(k, 0.0) >= v - 1e-9 for k, v in bundle.resources.items()
-            ):
+            if _takes(left, bundle, node):
                 for key, amount in bundle.resources.items():
                     left[key] = left.get(key, 0.0) - amount
                 place = node
@@ -99,8 +127,13 @@ def assign(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> list[tuple[Bundle
     return found
 
 
+def _takes(left: Resources, bundle: Bundle, node: Node) -> bool:
+    """Whether a node with so much left has room for a bundle."""
+    return admits(bundle.labels, node.labels) and all(left.get(k, 0.0) >= v - 1e-9 for k, v in bundle.resources.items())
+
+
 def unplaced(wanted: Sequence[Bundle], nodes: Sequence[Node]) -> Bundle | None:
-    """The first bundle that fits nowhere when all are placed largest first, or None."""
+    """A bundle for which there is no room beside the others, or None."""
     return next((bundle for bundle, node in assign(wanted, nodes) if node is None), None)
 
 
@@ -144,30 +177,95 @@ def require_placeable(
     reference fit side by side; if only one after the other does, the reference must fill the store first. Raises NotReady
     naming the process that fits nowhere, what it needs, and what the nodes have.
     """
+    with room_kept(config, needs_reference, needs_data=needs_data, needs_workers=needs_workers) as side_by_side:
+        return side_by_side
+
+
+@contextmanager
+def room_kept(
+    config: Config, needs_reference: bool, *, needs_data: bool = True, needs_workers: bool = True
+) -> Iterator[bool]:
+    """What `require_placeable` waits for and returns; while the body runs, its nodes are not idle, though nothing runs there yet.
+
+    An autoscaler takes nodes that were idle for long; from the end of the body on it counts anew.
+    """
     tasks = [data_task(config)] if needs_data else []
     workers, actors = bundles(config, needs_reference)
     workers = workers if needs_workers else []
+    together = [*workers, *actors]
     wait = config.train.placement_timeout_seconds
     deadline, announced = time.monotonic() + wait, False
     try:
         while True:
             nodes = live_nodes()
             in_turn = unplaced(tasks, nodes) or unplaced(workers, nodes) or unplaced(actors, nodes)
-            missing = in_turn or unplaced([*workers, *actors], nodes)
-            if missing is None:
-                return True
-            if in_turn is None and config.reference.store is not None:
-                return False
+            missing = in_turn or unplaced(together, nodes)
+            if missing is None or (in_turn is None and config.reference.store is not None):
+                break
             if time.monotonic() > deadline or not may_grow(nodes):
                 raise NotReady(_explain(missing, config, nodes, alone=in_turn is not None))
             if not announced:
                 print(f"waiting up to {wait:.0f} s for the cluster to have room for a {missing.role}", flush=True)
                 announced = True
-            ask_autoscaler([*workers, *actors] or tasks)  # anew: another job of this cluster may have asked for less
+            # Anew: another job of this cluster may have asked for less.
+            ask_autoscaler([*together, *_of_their_own(tasks, together, nodes)])
             time.sleep(POLL_SECONDS)
+        groups = [tasks, together] if missing is None else [tasks, workers, actors]
+        let_go = keep([node for group in groups for _, node in assign(group, nodes) if node])
     finally:
         if announced:  # what runs keeps its nodes by itself, and the others may go
             ask_autoscaler([])
+    try:
+        yield missing is None
+    finally:
+        let_go()
+
+
+@contextmanager
+def room_to_prepare(config: Config, needs_workers: bool) -> Iterator[None]:
+    """Room for all that is sure to run, before anything is known of the rows."""
+    with room_kept(config, sure_to_score(config), needs_workers=needs_workers):
+        yield
+
+
+@contextmanager
+def room_to_train(config: Config, job: ReferenceJob | None, folders: list[str]) -> Iterator[tuple[bool, bool]]:
+    """(whether the reference may score, whether it does so beside the policy workers and not before them), with room for that."""
+    scores = needs_actors(config, job, folders)
+    with room_kept(config, scores, needs_data=False) as side_by_side:
+        yield scores, side_by_side
+
+
+def _of_their_own(tasks: Sequence[Bundle], others: Sequence[Bundle], nodes: Sequence[Node]) -> list[Bundle]:
+    """Tasks that fit on no node, nor on one that comes for the others: until they run, it is theirs."""
+    return [
+        task
+        for task in tasks
+        if unplaced([task], nodes)
+        and not any(
+            task.labels.items() <= other.labels.items()
+            and all(other.resources.get(kind, 0.0) >= amount for kind, amount in task.resources.items())
+            for other in others
+        )
+    ]
+
+
+def keep(nodes: Sequence[Node]) -> Callable[[], None]:
+    """Have these nodes not be idle, until what is returned is called or this process ends, however it does.
+
+    A placement group takes one byte of each. What an autoscaler was asked for would not do: the next request of anyone replaces
+    it, Ray Data and Ray Train make one every 20 s, and it outlives this process.
+    """
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    ids = {node.node_id for node in nodes}
+    if not ids or not may_grow(nodes):
+        return lambda: None
+    there = [{ray._raylet.RAY_NODE_ID_KEY: node_id} for node_id in ids]
+    group = placement_group([{"memory": 1}] * len(ids), bundle_label_selector=there)
+    group.wait(KEEP_SECONDS)
+    return lambda: remove_placement_group(group)
 
 
 def ask_autoscaler(wanted: Sequence[Bundle]) -> None:
@@ -232,3 +330,63 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
         f"resources: a {bundle.role}{wanted} needs {_needs(bundle)}{beside} and fits on no node ({listed}); change"
         f" {keys}{join}"
     )
+
+
+# -- is there anything for the reference to score? ---------------------------------------------------------------------
+
+
+def sure_to_score(config: Config) -> bool:
+    """Whether that is so whatever the rows are: without a store, and with one that holds nothing."""
+    settings = config.reference
+    if not config.objective.needs_reference or settings.store is None:
+        return config.objective.needs_reference
+    with reaching("reference.store", settings.store):
+        return not any(open_path(settings.store).absolute().glob("*/part-*.parquet"))
+
+
+def needs_actors(config: Config, job: ReferenceJob | None, folders: list[str]) -> bool:
+    """Whether the reference actors need room: there is something to score. Not looked at where there is room in any case."""
+    if job is None or job.store is None:
+        return job is not None
+    if room_for_workers(config, True, frozenset()) == config.train.most_workers:
+        return True
+    return has_unknown_rows(config, job.store, folders)
+
+
+def has_unknown_rows(config: Config, store: ReferenceStore, folders: list[str]) -> bool:
+    """Whether training reads a log-prob that this store lacks; in a task, for the driver holds nothing per row."""
+    import ray
+
+    task = ray.remote(num_unknown).options(num_cpus=READ_CPUS, label_selector=config.data.label_selector)
+    return bool(get(task.remote(config, folders, store), "a task that counts the rows to score", config))
+
+
+def num_unknown(config: Config, folders: list[str], store: ReferenceStore) -> int:
+    """How many of the rows that a run reads the store does not know."""
+    order, known = rows_to_score(config, folders, [config.run.seed], store)
+    return len(order) - known
+
+
+def rows_to_score(
+    config: Config, folders: list[str], seeds: Sequence[int], store: ReferenceStore
+) -> tuple[Indices, int]:
+    """(numbers of the rows that runs with these seeds read, how many of them the store knows)."""
+    rows = RowCache(folders)
+    train, held_out = split_rows(rows, config.data.eval)
+    needed = np.zeros(len(rows), bool)
+    needed[held_out] = True
+    for seed in seeds:
+        run = config.run.model_copy(update={"seed": seed})
+        schedule = schedules(config.model_copy(update={"run": run}), len(train), 0)["train"]
+        needed[train[schedule.order(0)[: schedule.rows_consumed(schedule.num_steps)]]] = True
+    unknown = np.isnan(join(rows.digests(), *store.load(lambda told: None)))  # whoever scores tells it
+    whole = np.add.reduceat(unknown, rows.first_response[:-1]) == 0
+    return np.flatnonzero(needed), int((whole & needed).sum())
+
+
+def get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
+    """`wait_for` as long as the config says, and what a task failed with as our own error."""
+    try:
+        return wait_for(reference, what, config.train.wait_timeout_seconds, news)
+    except Exception as error:
+        raise find_error(error) or error from None

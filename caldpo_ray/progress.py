@@ -144,12 +144,8 @@ class Watcher:
             self._placed = True
         reference = progress.reference
         self._published.show_progress(progress)
-        if (
-            reference
-            and reference.scored
-            and not self._scored
-            and reference.joined + reference.scored == reference.wanted
-        ):
+        all_known = reference is None or reference.joined + reference.scored == reference.wanted > 0
+        if reference and reference.scored and all_known and not self._scored:
             self._news.append(reference.describe())
             self._scored = True
         if len(progress.notes) < self._num_notes:  # the feed was started again, and knows none of the old ones
@@ -162,7 +158,8 @@ class Watcher:
             return f"metrics cannot be read now ({type(error).__name__}: {last_line(error)})"
         if line is None or not progress.started:
             scored = f"; {reference.describe()}" if reference and reference.wanted else ""
-            state = "first step" if progress.started else "starting workers"
+            # While the reference scores, workers may be starting, or wait for its place.
+            state = "first step" if progress.started else "starting workers" if all_known else "starting"
             return f"{time.monotonic() - self._started:4.0f} s  {state}{scored}"
         return self._step_text(line)
 

@@ -10,6 +10,7 @@ import numpy as np
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.pipeline import Prepared, connect, prepare
+from caldpo_ray.placement import has_unknown_rows, require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, probe_tolerance, reference_logps_for_driver
 from caldpo_ray.rows import RowCache
@@ -21,7 +22,10 @@ from caldpo_ray.store import distinct_responses, join
 def build_reference(config: Config, verbose: bool = False) -> None:
     """Fill the reference store for this config's rows without training. Raises InputError when there is no store."""
     prepared = _prepare_reference(config, verbose)
-    assert prepared.job is not None
+    assert prepared.job is not None and prepared.job.store is not None
+    every_row = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": None})})
+    scores = has_unknown_rows(every_row, prepared.job.store, prepared.folders)
+    require_placeable(config, scores, needs_data=False, needs_workers=False)
     progress = ReferenceProgress()
     order = np.arange(prepared.num_train + prepared.num_eval)
     said = time.monotonic()
@@ -31,7 +35,6 @@ def build_reference(config: Config, verbose: bool = False) -> None:
             say(progress.describe())
             said = time.monotonic()
     say(progress.describe())
-    assert prepared.job.store is not None
     say(f"reference: complete in {prepared.job.store.folder}")
 
 
@@ -48,6 +51,7 @@ def verify_reference(config: Config, count: int, verbose: bool = False) -> None:
         raise InputError(f"reference store {job.store.folder}: holds none of this config's responses; build it first")
     chosen = np.random.default_rng(config.run.seed).choice(known, min(count, len(known)), replace=False)
     places = np.unique(np.searchsorted(rows.first_response, distinct.first[chosen], side="right") - 1)
+    require_placeable(config, True, needs_data=False, needs_workers=False)
     off, compared, lengths = 0.0, 0, rows.response_lengths()
     for numbers, logps in _translated(
         reference_logps_for_driver(

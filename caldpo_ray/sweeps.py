@@ -11,24 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from caldpo_ray.batching import Indices
 from caldpo_ray.comparison import best_points
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS
 from caldpo_ray.errors import InputError, find_error
-from caldpo_ray.feed import count_halves, schedules, split_rows
+from caldpo_ray.feed import count_halves, schedules
 from caldpo_ray.node_check import require_shared_store
 from caldpo_ray.objective_parameters import parse_objective
-from caldpo_ray.pipeline import Prepared, attempt, connect, get, prepare, refuse_what_failed_before
-from caldpo_ray.placement import live_nodes, require_placeable
+from caldpo_ray.pipeline import Prepared, attempt, connect, prepare, refuse_what_failed_before
+from caldpo_ray.placement import get, live_nodes, require_placeable, rows_to_score
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
-from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, require_lasting_folders
 from caldpo_ray.storage import full_disk_told, open_path
-from caldpo_ray.store import ReferenceStore, join
 from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial, collect, open_sweep_dir
 from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
 from caldpo_ray.sweep_results import conclude
@@ -191,10 +186,10 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
     if job.store is None:
         raise InputError("reference.store = null: a sweep scores the reference once and keeps it there; name a folder")
     require_shared_store(prepared.config)
-    require_placeable(prepared.config, True, needs_data=False)
-    counting = _task(plan, _rows_to_score).remote(prepared.config, prepared.folders, plan.seeds, job.store)
+    counting = _task(plan, rows_to_score).remote(prepared.config, prepared.folders, plan.seeds, job.store)
     order, joined = get(counting, "a task that counts the rows to score", prepared.config)
     say(f"reference: {len(order)} rows, {joined} of them known")
+    require_placeable(prepared.config, joined < len(order), needs_data=False)
     progress, said = ReferenceProgress(), time.monotonic()
     try:
         wait_seconds = plan.config.train.wait_timeout_seconds
@@ -216,23 +211,6 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
     )
     if progress.scored:
         say(f"reference: {len(order) - joined} rows scored in {progress.seconds:.1f} s, once for all trials")
-
-
-def _rows_to_score(
-    config: Config, folders: list[str], seeds: Sequence[int], store: ReferenceStore
-) -> tuple[Indices, int]:
-    """(numbers of the rows that trials with these seeds read, how many of them the store knows)."""
-    rows = RowCache(folders)
-    train, held_out = split_rows(rows, config.data.eval)
-    needed = np.zeros(len(rows), bool)
-    needed[held_out] = True
-    for seed in seeds:
-        run = config.run.model_copy(update={"seed": seed})
-        schedule = schedules(config.model_copy(update={"run": run}), len(train), 0)["train"]
-        needed[train[schedule.order(0)[: schedule.rows_consumed(schedule.num_steps)]]] = True
-    unknown = np.isnan(join(rows.digests(), *store.load(lambda told: None)))  # whoever scores tells it
-    whole = np.add.reduceat(unknown, rows.first_response[:-1]) == 0
-    return np.flatnonzero(needed), int((whole & needed).sum())
 
 
 def _task(plan: Plan, function: Callable[..., Any]) -> Any:

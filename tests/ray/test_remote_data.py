@@ -50,11 +50,12 @@ def test_a_run_in_a_bucket_killed_and_resumed(
     killed.wait_for_checkpoint(12)
     kill(killed.process.pid)
     assert killed.process.wait() == -signal.SIGKILL
+    assert killed.process.stdout is not None and "the reference fills its store first" in killed.process.stdout.read()
     before = killed.lines()
     assert before[-1]["step"] < 26 and not s3.exists("data/runs/run/model")
     run = start(config, "run")
     said = run.finish()
-    assert "the reference fills its store first" in said
+    assert "the reference fills its store first" not in said, "it is full"
     assert 12 <= run.last_step_kept(before) < 26, "resumed from a checkpoint, of which there was one every 6 steps"
     for folder in ("model", "best"):
         assert_same(run, Run(baseline.path), folder)

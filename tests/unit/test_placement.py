@@ -1,22 +1,33 @@
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from caldpo_ray.access import OWN_CLUSTER
-from caldpo_ray.config import load_config
+from caldpo_ray.config import Config, ModelSection, load_config
 from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.pipeline import _join_or_start
 from caldpo_ray.placement import (
     Bundle,
     Node,
+    assign,
     bundles,
     may_grow,
+    needs_actors,
+    num_unknown,
     require_placeable,
     room_for_workers,
+    room_kept,
+    sure_to_score,
     unplaced,
 )
+from caldpo_ray.reference import ReferenceJob
+from caldpo_ray.rows import RowCache, write_manifest, write_part
+from caldpo_ray.schema import Row
+from caldpo_ray.store import ReferenceStore
 
 CPU_NODE = Node("a", {"CPU": 2.0}, {})
 GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
@@ -28,6 +39,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Bundle]]:
     calls: list[list[Bundle]] = []
     monkeypatch.setattr("caldpo_ray.placement.ask_autoscaler", lambda wanted: calls.append(list(wanted)))
     return calls
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the nodes that are kept now; `tests/ray/test_progress.py` has what keeps nodes of a cluster."""
+    names: list[str] = []
+
+    def keep(nodes: Sequence[Node]) -> Any:
+        names.extend(node.name for node in nodes)
+        return names.clear
+
+    monkeypatch.setattr("caldpo_ray.placement.keep", keep)
+    return names
 
 
 def bundle(cpu: float, gpu: float = 0.0, **labels: str) -> Bundle:
@@ -97,6 +121,79 @@ def test_who_waits_for_nodes_asks_for_them_and_then_for_nothing(
     for wanted in waiting:
         told = [(each.role, each.labels) for each in wanted]
         assert told == [("policy worker", {}), ("reference actor", {"zone": "x"})]
+
+
+def test_nodes_are_kept_before_the_request_for_them_ends_and_until_the_body_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[str]
+) -> None:
+    """An autoscaler takes what is idle and asked for by nobody, and a node may have waited long for the others."""
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\nreference: {label_selector: {zone: x}}"
+    )
+    small, spare = Node("c", {"CPU": 1.0}, {"zone": "x"}), Node("d", {"CPU": 9.0}, {})
+    found = iter([[CPU_NODE], [CPU_NODE, small, spare]])
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.placement.POLL_SECONDS", 0.001)
+    seen: list[tuple[int, set[str]]] = []
+    monkeypatch.setattr("caldpo_ray.placement.ask_autoscaler", lambda wanted: seen.append((len(wanted), set(kept))))
+    with pytest.raises(KeyboardInterrupt), room_kept(load_config(path), True) as side_by_side:
+        assert side_by_side and set(kept) == {"a", "c"}, "and not the one that is not needed"
+        raise KeyboardInterrupt
+    assert seen == [(2, set()), (0, {"a", "c"})] and not kept
+
+
+@pytest.mark.parametrize(
+    ("options", "asked_for"),
+    [
+        (["data.label_selector={zone: d}"], ["policy worker", "data task"]),
+        # For a node of the workers' labels and size is asked already, and the task ends before they start.
+        (["data.label_selector={zone: x}"], ["policy worker"]),
+        (["data.label_selector={zone: x}", "train.num_cpus_per_worker=0.25"], ["policy worker", "data task"]),
+        ([], ["policy worker"]),
+    ],
+)
+def test_a_node_for_data_tasks_is_asked_for_where_none_comes_by_itself(
+    options: list[str],
+    asked_for: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[list[Bundle]],
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: cpo}\ntrain: {label_selector: {zone: x}}"
+    )
+    config = load_config(path, options)
+    later = [Node(zone, {"CPU": 2.0}, {"zone": zone}) for zone in "dx"]
+    found = iter([[Node("head", {"CPU": 0.0}, {})], later])
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.placement.POLL_SECONDS", 0.001)
+    require_placeable(config, False)
+    assert [[each.role for each in wanted] for wanted in asked] == [asked_for, []]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nodes"),
+    [
+        # The large bundle fits everywhere, and would take the only node of the labelled one.
+        ([bundle(2, 1), bundle(2, zone="x")], [("a", {"CPU": 2.0, "GPU": 1.0}, "x"), ("b", {"CPU": 2.0, "GPU": 1.0}, "y")]),
+        # Whoever has the fewest nodes to go to would take one of which the large bundles need every one.
+        (
+            [*[bundle(1, 1)] * 3, Bundle("x", {"CPU": 1.0, "GPU": 0.0}, {"zone": "!z"})],
+            [("a", {"CPU": 1.0, "GPU": 1.0}, "x"), ("b", {"CPU": 1.0}, "y"), *[("c", {"CPU": 1.0, "GPU": 1.0}, "z")] * 2],
+        ),
+    ],
+)  # fmt: skip
+def test_what_fits_in_one_of_two_orders_fits(
+    wanted: list[Bundle], nodes: list[tuple[str, dict[str, float], str]]
+) -> None:
+    there = [Node(name, resources, {"zone": zone}) for name, resources, zone in nodes]
+    placed = assign(wanted, there)
+    assert unplaced(wanted, there) is None
+    for node in there:
+        here = [each for each, place in placed if place is node]
+        assert all(sum(each.resources[kind] for each in here) <= node.resources.get(kind, 0) for kind in ("CPU", "GPU"))
 
 
 def test_the_gpus_of_an_actor_are_on_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +317,92 @@ def test_nodes_that_may_go_are_watched_however_the_cluster_was_joined(
         assert _controller_variables()["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == watched
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "user")
     assert _controller_variables()["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "user"
+
+
+# -- is there anything for the reference to score? ---------------------------------------------------------------------
+
+
+NUM_ROWS = 12
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    def row(number: int) -> Row:
+        responses = [np.array([number, answer], np.int32) for answer in range(2)]
+        return Row(f"{number:04d}", np.array([number], np.int32), responses, np.full(2, np.nan, np.float32))
+
+    write_manifest(folder, [write_part(folder, [row(number) for number in range(NUM_ROWS)], (0, 0))], {})
+    return str(folder)
+
+
+def scoring_config(folder: Path, *overrides: str) -> Config:
+    path = folder / "c.yaml"
+    path.write_text(
+        "model: {name_or_path: m}\ndata: {train: d, shuffle: false}\nobjective: {name: dpo}\ntrain: {batch_size: 4}"
+    )
+    return load_config(path, [f"reference.store={folder}/store", *overrides])
+
+
+def remember(store: ReferenceStore, rows: str, first: int, last: int) -> None:
+    digests = RowCache([rows]).digests()[2 * first : 2 * last]
+    store.append(digests, np.zeros(len(digests), np.float32), np.ones(len(digests), np.int32))
+
+
+def test_before_rows_are_known_only_an_empty_store_surely_needs_the_reference(tmp_path: Path, rows: str) -> None:
+    assert sure_to_score(scoring_config(tmp_path)), "there is no store yet"
+    store = ReferenceStore.create(tmp_path / "store", "key", {"model": "m", "dtype": "float32"})
+    assert sure_to_score(scoring_config(tmp_path)), "it holds nothing: the attempt before was not placed"
+    remember(store, rows, 0, 1)
+    assert not sure_to_score(scoring_config(tmp_path))
+    assert sure_to_score(scoring_config(tmp_path, "reference.store=null"))
+    assert not sure_to_score(scoring_config(tmp_path, "objective.name=cpo", "reference.store=null"))
+
+
+def test_what_a_run_reads_and_its_store_lacks_is_counted(tmp_path: Path, rows: str) -> None:
+    store = ReferenceStore.create(tmp_path / "store", "key", {"model": "m", "dtype": "float32"})
+    assert num_unknown(scoring_config(tmp_path), [rows], store) == NUM_ROWS
+    remember(store, rows, 0, 8)
+    (part,) = store.folder.glob("part-*")
+    assert num_unknown(scoring_config(tmp_path), [rows], store) == 4
+    assert num_unknown(scoring_config(tmp_path, "train.max_steps=2"), [rows], store) == 0, "steps of four rows"
+    assert num_unknown(scoring_config(tmp_path, "train.max_steps=3"), [rows], store) == 4
+    assert num_unknown(scoring_config(tmp_path, "data.eval=d", "train.max_steps=1"), [rows, rows], store) == 4
+    remember(store, rows, 8, NUM_ROWS)
+    assert num_unknown(scoring_config(tmp_path), [rows], store) == 0
+    part.write_bytes(b"damaged")
+    assert num_unknown(scoring_config(tmp_path), [rows], store) == 8, "what is damaged is scored again"
+
+
+def test_a_full_store_needs_no_place_for_the_reference(
+    tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ReferenceStore.create(tmp_path / "store", "key", {"model": "m", "dtype": "float32"})
+    looks: list[int] = []
+
+    def look(config: Config, store: ReferenceStore, folders: list[str]) -> bool:
+        looks.append(num_unknown(config, folders, store))
+        return looks[-1] > 0
+
+    monkeypatch.setattr("caldpo_ray.placement.has_unknown_rows", look)  # in a task, which needs a cluster
+    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda but: [CPU_NODE])
+
+    def needed(*overrides: str, without_store: bool = False) -> bool:
+        config = scoring_config(tmp_path, *overrides)
+        kept_in = None if without_store else store
+        return needs_actors(
+            config, ReferenceJob(ModelSection(name_or_path="m"), "key", "float32", config.reference, kept_in), [rows]
+        )
+
+    assert not needs_actors(scoring_config(tmp_path), None, [rows]), "an objective without a reference"
+    assert needed("reference.label_selector={zone: x}", without_store=True)
+    assert needed() and not looks, "there is room in any case"
+    remember(store, rows, 0, 8)
+    elsewhere = "reference.label_selector={zone: x}"
+    assert needed(elsewhere) and looks == [4]
+    remember(store, rows, 8, NUM_ROWS)
+    assert not needed(elsewhere)
+    assert not needed("train.num_workers=[1, 4]"), "four workers alone fit into two CPUs"
+    assert looks == [4, 0, 0]
