@@ -7,7 +7,8 @@ DeepSpeed's files are pickles: each rank keeps checksums of what it wrote, and n
 
 import hashlib
 import json
-from contextlib import suppress
+import os
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
 from caldpo_ray import resharding
-from caldpo_ray.checkpoint_list import STATE_FILE, seal_name
+from caldpo_ray.checkpoint_list import DAMAGE, STATE_FILE, readable, seal_name
 from caldpo_ray.errors import DamagedCheckpoint, InputError, RunError
 from caldpo_ray.storage import read_bytes
 
@@ -52,18 +53,21 @@ def save(engine: Any, state: TrainerState, folder: Path) -> None:
 def read_state(folder: Path) -> TrainerState:
     """Raises DamagedCheckpoint when the folder is not a checkpoint of ours, or its position is not what was written."""
     try:
-        content = read_bytes(folder / STATE_FILE)
+        with _readable(folder):
+            content = read_bytes(folder / STATE_FILE)
         state = TypeAdapter(TrainerState).validate_json(content, strict=True)
-    except PermissionError:  # nothing is wrong with the checkpoint
-        raise
-    except (OSError, ValidationError) as error:
+    except (*DAMAGE, ValidationError) as error:
         told = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
         raise DamagedCheckpoint(f"checkpoint {folder}: {STATE_FILE} cannot be read ({told})") from None
     written = hashlib.sha256(content).hexdigest()
-    with suppress(FileNotFoundError, ValidationError):  # a seal that is damaged is told before the rest is loaded
+    with _readable(folder), suppress(*DAMAGE, ValidationError):  # a damaged seal is told before the rest is loaded
         if _read_seal(folder, 0).get(STATE_FILE, written) != written:
             raise DamagedCheckpoint(f"checkpoint {folder}: {_altered(STATE_FILE)}")
     return state
+
+
+def _readable(folder: Path) -> AbstractContextManager[None]:
+    return readable(folder, f", and goes on from the checkpoint before if you remove {folder}")
 
 
 def seal(folder: Path, rank: int) -> None:
@@ -105,10 +109,14 @@ def fits(state: TrainerState, world_size: int, zero_stage: int) -> bool:
     return zero_stage == state.zero_stage and (zero_stage == 0 or world_size == state.world_size)
 
 
-def load(engine: Any, folder: Path) -> None:
-    """Put weights and optimiser state back into a fresh engine, whatever number of workers and ZeRO stage wrote them."""
+def load(engine: Any, folder: Path, copy_of_node: bool = False) -> None:
+    """Put weights and optimiser state back into a fresh engine, whatever number of workers and ZeRO stage wrote them.
+
+    `copy_of_node`: whether the ranks of each node have a copy of their own to read.
+    """
+    dist.barrier()  # a rank that comes later downloads again, over the files that others read
     state = read_state(folder)
-    _require_whole(folder, state.world_size)
+    _require_whole(folder, state.world_size, copy_of_node)
     if not fits(state, dist.get_world_size(), engine.zero_optimization_stage()):
         resharding.restore(engine, folder / TAG)
     elif engine.load_checkpoint(str(folder), tag=TAG)[0] is None:
@@ -116,10 +124,13 @@ def load(engine: Any, folder: Path) -> None:
     dist.barrier()  # the folder may go once all have read it
 
 
-def _require_whole(folder: Path, num_writers: int) -> None:
-    """Every rank reads a share of the files, and all stop for the same reason, before the first of them is loaded."""
+def _require_whole(folder: Path, num_writers: int, copy_of_node: bool) -> None:
+    """Ranks share the files among those that read the same copy, and all stop for the same reason before the first is loaded."""
+    part, num_parts = dist.get_rank(), dist.get_world_size()
+    if copy_of_node:
+        part, num_parts = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, find_damage(folder, num_writers, dist.get_rank(), dist.get_world_size()))
+    dist.all_gather_object(found, find_damage(folder, num_writers, part, num_parts))
     for damage in found:
         if damage is not None:
             raise DamagedCheckpoint(f"checkpoint {folder}: {damage}")
@@ -130,21 +141,19 @@ def find_damage(folder: Path, num_writers: int, part: int = 0, num_parts: int = 
     sums: dict[str, str] = {}
     for rank in range(num_writers):
         try:
-            sums |= _read_seal(folder, rank)
-        except PermissionError:
-            raise
-        except (OSError, ValidationError):
+            with _readable(folder):
+                sums |= _read_seal(folder, rank)
+        except (*DAMAGE, ValidationError):
             return f"{seal_name(rank)} is damaged or not there"
     pickles = {path.relative_to(folder).as_posix() for path in folder.rglob("*.pt")}
     if foreign := pickles - sums.keys():
         return f"{min(foreign)} was not written with it"
     for name in sorted(sums)[part::num_parts]:
         try:
-            if _checksum(folder / name) != sums[name]:
-                return _altered(name)
-        except PermissionError:
-            raise
-        except OSError as error:
+            with _readable(folder):
+                if _checksum(folder / name) != sums[name]:
+                    return _altered(name)
+        except DAMAGE as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 

@@ -8,8 +8,8 @@ where it must be; and a checkpoint in which the workers find damage leaves it, s
 import json
 import math
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from pydantic import BaseModel, model_validator
 
 from caldpo_ray.config import Config
 from caldpo_ray.errors import NotReady, RunError
-from caldpo_ray.run_dir import read_metrics
-from caldpo_ray.storage import read_json, write_atomically
+from caldpo_ray.run_dir import RunDir, newest_metrics, read_metrics
+from caldpo_ray.storage import is_complete, read_bytes, read_json, remove_tree, write_atomically
 
 LIST_FILE = "checkpoint_manager_snapshot.json"
 STATE_FILE = "trainer_state.json"
+# What the system says of a file that is not as it was written; anything else says nothing about the file.
+DAMAGE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 class Listed(BaseModel):
@@ -57,6 +59,11 @@ class CheckpointList(BaseModel):
         return self
 
 
+def folder_name(step: int) -> str:
+    """Of the checkpoint of a step; by name they are in the order of their steps."""
+    return f"step-{step:08d}"
+
+
 def seal_name(rank: int) -> str:
     """The file in a checkpoint with the checksums of what a rank wrote there."""
     return f"checksums-{rank:05d}.json"
@@ -78,16 +85,58 @@ def scores(config: Config, measured: Mapping[str, Any]) -> dict[str, float]:
     return {config.best_metric: worst} | found
 
 
+def improves(config: Config, value: float, best: float | None) -> bool:
+    """Whether what was measured is better than the best so far, if there is one. What is not finite never is."""
+    if not math.isfinite(value):
+        return False
+    return best is None or not math.isfinite(best) or (value < best if config.best_is_smallest else value > best)
+
+
+def require_finished(run: RunDir, num_steps: int) -> None:
+    """Raises RunError unless the checkpoint of the last step is committed, and the model is there."""
+    try:
+        step = newest_step(run.checkpoints)
+    except NotReady as error:
+        raise RunError(f"{error}, or start the run again, which mends it") from None
+    if step != num_steps or not is_complete(run.model):
+        there = "is" if is_complete(run.model) else "is not"
+        raise RunError(
+            f"training ended without a reason: its newest checkpoint is of step {step} of {num_steps}, and {run.model} {there}"
+            " there; the same command goes on from that checkpoint"
+        )
+
+
+def remove_unlisted(run: RunDir) -> None:
+    """Delete the folders of checkpoints that were not committed, left the list or were half deleted. Nobody trains meanwhile.
+
+    Newer ones than those on the list stay: an older attempt, which has not found out yet, may be about to commit one. They go when
+    the list has come that far. Nothing is deleted where the list is damaged.
+    """
+    try:
+        listed = _read(run.checkpoints)[0]
+    except NotReady:
+        return
+    names = {each.checkpoint_dir_name for each in listed.checkpoint_results}
+    for folder in sorted(run.checkpoints.glob("step-*")):
+        if folder.name not in names and folder.name < max(names):
+            run.require_held()
+            with suppress(FileNotFoundError):
+                remove_tree(folder)
+
+
 def mend_list(checkpoints: Path, metrics: Path, config: Config) -> str | None:
     """Make the list name checkpoints that are there. Returns what was wrong and what is used now, where something was.
 
-    Raises RunError where it named some and none is left.
+    One that was not committed may be of a step beyond the last line of metrics, which were cut since: then it is used only where
+    the list named some, and no other one is there. Raises RunError where it named some and none is left.
     """
     try:
         named = [each.checkpoint_dir_name for each in _read(checkpoints)[0].checkpoint_results]
     except NotReady as error:
-        whole = [folder.name for folder in sorted(checkpoints.glob("step-*")) if _is_there(folder)]
+        there = [folder.name for folder in sorted(checkpoints.glob("step-*")) if _is_there(folder)]
+        reached = folder_name((newest_metrics(metrics) or {"step": 0})["step"])
         damaged = (checkpoints / LIST_FILE).exists()
+        whole = [name for name in there if name <= reached] or (there if damaged else [])
         reason = (
             str(error).partition("; put it back")[0] if damaged else f"{checkpoints}: there is no list of checkpoints"
         )
@@ -136,18 +185,37 @@ def _nothing_left(checkpoints: Path, reason: str) -> RunError:
 def _read(checkpoints: Path) -> tuple[CheckpointList, dict[str, Any]]:
     """(the list, all that is in its file). Raises NotReady for one that is damaged or not there."""
     way_out = f"put it back, or choose another run.name, or remove the folder {checkpoints} to start this run over"
-    content = read_json(checkpoints / LIST_FILE, way_out)
+    content = _read_json(checkpoints / LIST_FILE, way_out)
     try:
         return CheckpointList.model_validate(content, strict=True), content
     except ValueError:
         raise NotReady(f"{checkpoints / LIST_FILE}: cannot be read (it is no list of checkpoints); {way_out}") from None
 
 
+@contextmanager
+def readable(place: Path, otherwise: str = "") -> Iterator[None]:
+    """A file that cannot be read now is not damaged, and nothing is made or used in its place. Raises RunError."""
+    try:
+        yield
+    except DAMAGE:
+        raise
+    except OSError as error:
+        told = f"{error.filename or place}: cannot be read now ({error.strerror or error})"
+        raise RunError(f"{told}; the same command tries again{otherwise}") from error
+
+
+def _read_json(file: Path, way_out: str, *keys: str) -> dict[str, Any]:
+    """As `read_json`, for which whatever happens is damage."""
+    with readable(file), suppress(*DAMAGE):
+        read_bytes(file)
+    return read_json(file, way_out, *keys)
+
+
 def _is_there(folder: Path) -> bool:
     """Whether all ranks have put all their files there. Only names are looked at: content is, before it is loaded."""
     try:
-        num_writers = read_json(folder / STATE_FILE, "", "world_size")["world_size"]
-        sealed = [read_json(folder / seal_name(rank), "") for rank in range(num_writers)]
+        num_writers = _read_json(folder / STATE_FILE, "", "world_size")["world_size"]
+        sealed = [_read_json(folder / seal_name(rank), "") for rank in range(num_writers)]
     except (NotReady, TypeError):
         return False
     return all((folder / name).exists() for names in sealed for name in names)
@@ -158,7 +226,7 @@ def _made_again(names: list[str], metrics: Path, config: Config) -> dict[str, An
     lines: list[dict[str, Any]] = []
     with suppress(NotReady):  # a damaged line there is told elsewhere
         lines = [line for line in read_metrics(metrics) if line["split"] == "eval"]
-    measured = {f"step-{line['step']:08d}": line for line in lines}
+    measured = {folder_name(line["step"]): line for line in lines}
     results = [{"checkpoint_dir_name": name, "metrics": scores(config, measured.get(name, {}))} for name in names]
     empty: dict[str, Any] = {name: [] for name in CheckpointList.model_fields}
     return empty | {

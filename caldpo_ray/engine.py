@@ -1,4 +1,6 @@
-"""DeepSpeed's engine around the shared forward pass: how a worker makes it, and a step that is taken whole or not at all."""
+"""DeepSpeed's engine around the shared forward pass: how a worker makes it, sums over all of them, and a step that is taken whole
+or not at all.
+"""
 
 import contextlib
 import math
@@ -14,6 +16,7 @@ from torch import Tensor
 from caldpo_ray.config import Config, ModelSection, TrainSection
 from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.imports import import_deepspeed, large_imports
+from caldpo_ray.metrics import Metrics
 from caldpo_ray.optimizers import make_optimizer
 
 
@@ -80,6 +83,19 @@ def build_engine(config: Config, model: ModelSection, device: torch.device) -> A
     choice = choose_layout(scorer)
     scorer.layout, scorer.misfit = choice.layout, choice.reason
     return engine
+
+
+def sum_over_ranks(totals: Metrics, device: torch.device) -> Metrics:
+    """Sums and counts over all ranks in one collective, in float64."""
+    names = sorted(totals)
+    flat = [tensor.to(torch.float64).reshape(-1).to(device) for name in names for tensor in totals[name]]
+    joined = torch.cat(flat)
+    dist.all_reduce(joined)
+    pieces = iter(torch.split(joined, [len(piece) for piece in flat]))
+    return {
+        name: (next(pieces).reshape(totals[name][0].shape), next(pieces).reshape(totals[name][1].shape))
+        for name in names
+    }
 
 
 def take_step(engine: Any) -> float | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caldpo_ray.config import TrainSection
-from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line
+from caldpo_ray.errors import Diverged, InputError, OutOfMemory, RunError, find_error, last_line, tell
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.run_log import log_of_rank
 from caldpo_ray.schema import Row
@@ -78,8 +78,10 @@ def tell_failure(settings: dict[str, Any], error: Exception) -> bool:
     feed = settings["feed"]
     log_of_rank(settings)("stopped", None, {"reason": f"{type(error).__name__}: {last_line(error)}"})
     if isinstance(error, (InputError, RunError)):
-        ours = find_error(error) or error  # without Ray's account of where it came from
-        wait_for(feed.fail.remote(type(ours).__name__, str(ours)), "the feed", FEED_SECONDS)
+        kind, _, message = tell(find_error(error) or error).partition(
+            ": "
+        )  # without Ray's account of where it came from
+        wait_for(feed.fail.remote(kind, message), "the feed", FEED_SECONDS)
         return False
     if wait_for(feed.progress.remote(), "the feed", FEED_SECONDS).failure is not None:
         return False

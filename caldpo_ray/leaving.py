@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ANSWER_SECONDS = 10.0
+POLL_SECONDS = 1.0
 WORD = "leave"
 SAVE, MOVE, END = 1, 2, 3  # what rank 0 says, 0 being nothing; whoever leaves saves before
 
@@ -20,6 +21,16 @@ class Leave:
 
     why: str
     for_good: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a worker ended by itself. Ray Train hands the driver that of rank 0, whatever happens to the feed meanwhile."""
+
+    asked: bool = False
+    """Whether before the last step, because the run was asked to end."""
+    failure: str = ""
+    """Why, as `errors.tell` has it, where starting it again would not help."""
 
 
 class Requests:
@@ -85,6 +96,17 @@ def ask_to_end(feed: Any) -> bool:
         return bool(
             ray.get(feed.leave.remote(Leave("the run was asked to stop", for_good=True)), timeout=ANSWER_SECONDS)
         )
+    except RayError:
+        return False
+
+
+def has_begun(feed: Any) -> bool:
+    """Whether workers have begun to train. False where the feed does not say so at once."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return bool(ray.get(feed.progress.remote(), timeout=POLL_SECONDS).started)
     except RayError:
         return False
 

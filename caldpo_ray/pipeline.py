@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from caldpo_ray.access import OWN_CLUSTER, lost_cluster, refusal
-from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step
+from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step, remove_unlisted, require_finished
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
@@ -288,6 +288,7 @@ def fit(
     run.require_held()
     if mended := mend_list(run.checkpoints, run.metrics, prepared.config):
         say(mended)
+    remove_unlisted(run)
     while True:
         try:
             return _fit(prepared, watch, controller)
@@ -344,6 +345,8 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
                 raise _why_stopped(error, _progress(feed), config) from error
         progress = _progress(feed)
         progress.raise_failure()
+        require_finished(run, num_steps)
+        remove_unlisted(run)
         write_manifest(prepared, progress.places.values(), progress.reference)
     finally:
         ray.kill(feed)

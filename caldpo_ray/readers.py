@@ -25,12 +25,13 @@ Compression = Literal["gzip", "zstd"]
 Reason = str  # why a record cannot be used
 Records = Iterator[tuple[int, RawRecord | Reason, int]]  # line, record, and about how many bytes it was read from
 
-MAX_RECORD = 64 * 2**20  # bytes of a line, characters of a JSON list element or a CSV field
+MAX_RECORD = 64 * 2**20  # bytes of a line, characters of a JSON list element or of a CSV record
 MAX_DEPTH = 100  # of lists and objects in each other: what is decoded must also survive pickling
 MAX_COLUMNS = 10_000  # of a record: a name without a value takes a byte in a CSV file and a hundred in memory
 MAX_SKIPPED = 2**28  # bytes of a line that are passed over to find the next one
 MAX_GROWTH = 200  # how often larger the content is than the compressed file: text comes to 20, and a bomb to 1000
 SMALL = 2**28  # decompressed bytes that are no bomb, however small they were
+MAX_VALUES = 2**25  # in the lists of a column of a Parquet row group that are told in fewer bits
 MAX_FOOTER = 2**26  # bytes of what a Parquet file says about itself, which is read as a whole
 _CHUNK = 2**16
 _BOM = b"\xef\xbb\xbf"
@@ -234,19 +235,23 @@ def _csv(stream: io.BufferedReader, path: str) -> Records:
     """
     csv.field_size_limit(MAX_RECORD)
     line = 0  # the reader's own count misses a line that is too long
+    size = 0  # of the record so far: quotes may join any number of lines, and close and open in each
 
     def content(numbered: tuple[int, str | None]) -> str:
-        nonlocal line
+        nonlocal line, size
         line, text = numbered
         if text is None:
             raise csv.Error(_TOO_LONG)
+        size += len(text)
+        if size > MAX_RECORD:
+            raise csv.Error(f"record longer than {MAX_RECORD >> 20} MB")
         return text
 
     # Strict, so that a quote that is never closed is an error and not one record with the rest of the file in it.
     reader = csv.reader(map(content, _lines(stream, path)), strict=True)
     header: list[str] | None = None
     while True:
-        first = line + 1
+        first, size = line + 1, 0
         try:
             fields = next(reader)
         except StopIteration:
@@ -309,6 +314,7 @@ def _parquet(file: io.RawIOBase, path: str) -> Records:
             raise InputError(f"{path}: column {field.name} {reason}; leave it out, or write it as text and numbers")
     numbers = itertools.count(1)
     for group in range(table.num_row_groups):
+        _require_told_values(table, group, path)
         for batch in table.iter_batches(_batch_size(table.metadata.row_group(group)), row_groups=[group]):
             batch = _plain(batch)
             size = batch.nbytes // max(1, len(batch))
@@ -325,6 +331,19 @@ def _require_small_footer(file: io.RawIOBase, path: str) -> None:
     if tail[4:] == b"PAR1" and MAX_FOOTER < length < size:
         told = f"{length >> 20} MB of names and row groups, more than {MAX_FOOTER >> 20}"
         raise InputError(f"{path}: too large a footer ({told}); write it with larger row groups")
+
+
+def _require_told_values(table: pq.ParquetFile, group: int, path: str) -> None:
+    """A run of nulls or of equal numbers takes no room in the file, however long, and a list of them all of it in memory."""
+    for number in range(table.metadata.num_columns):
+        chunk = table.metadata.row_group(group).column(number)
+        in_lists = table.schema.column(number).max_repetition_level > 0
+        if in_lists and chunk.num_values > max(MAX_VALUES, 8 * chunk.total_compressed_size):
+            told = f"{chunk.num_values >> 20} million values in {chunk.total_compressed_size >> 10} KB"
+            raise InputError(
+                f"{path}: column {chunk.path_in_schema} grows too much ({told}); leave it out, or write the file with"
+                " smaller row groups"
+            )
 
 
 def _not_plain(kind: pa.DataType) -> Reason | None:

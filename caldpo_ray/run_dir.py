@@ -22,6 +22,10 @@ TAIL_BYTES = 2**16  # holds some dozens of metrics lines
 PART_STEPS = 100
 
 
+class Replaced(RuntimeError):
+    """A worker of an older group wanted to write into the run directory; the run goes on without it."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths of one run directory; names are fixed."""
@@ -29,6 +33,8 @@ class RunDir:
     path: Path
     token: str | None = None
     """Of the attempt that opened this directory to write there; None for whoever only reads it."""
+    group: int | None = None
+    """Of the attempt's groups of policy workers the one that writes; None for the driver."""
 
     @property
     def config(self) -> Path:
@@ -66,6 +72,11 @@ class RunDir:
     def attempt(self) -> Path:
         """Who may write here: the attempt that came last."""
         return self.path / "attempt.json"
+
+    @property
+    def newest_group(self) -> Path:
+        """Which of the attempt's groups of policy workers may write here: the one that started last."""
+        return self.path / "group.json"
 
     @property
     def memory(self) -> Path:
@@ -108,19 +119,35 @@ class RunDir:
         write_atomically(self.attempt, json.dumps(facts, indent=1))
         return RunDir(self.path, token)
 
+    def begin_group(self) -> int:
+        """A number for the group of policy workers that starts now, higher than all before; those find out before they write again.
+
+        The clock of another node may be behind.
+        """
+        self.require_held()
+        known = _read_claim(self.newest_group, "group")["group"] if self.newest_group.exists() else 0
+        number = max(time.time_ns(), known + 1)
+        write_atomically(self.newest_group, json.dumps({"token": self.token, "group": number}))
+        return number
+
     def require_held(self) -> None:
-        """Asked before everything that an attempt writes. Raises RunError where a newer one has taken the directory over.
+        """Asked before everything that an attempt writes. Raises RunError where a newer one has taken the directory over, and
+        Replaced in a worker whose group another one of the same attempt has replaced.
 
         What is being written at that moment is written; the newer attempt reads and writes nothing but its claim for seconds.
         """
         if self.token is None:
             return
-        now = read_json(self.attempt, "start the run again", "token", "host", "pid", "started")
+        now = _read_claim(self.attempt, "token", "host", "pid", "started")
         if now["token"] != self.token:
             raise RunError(
                 f"run directory {self.path}: another attempt of this run has taken it over (process {now['pid']} on {now['host']},"
                 f" started {now['started']}); this older one stops, and writes no more there"
             )
+        if self.group is not None:
+            newest = _read_claim(self.newest_group, "token", "group")
+            if newest["token"] == self.token and newest["group"] != self.group:
+                raise Replaced(f"group {self.group} of policy workers was replaced by {newest['group']}")
 
     def micro_batch_tokens(self, asked: int) -> int:
         """`asked`, the option, or what an earlier attempt came down to because so many did not fit into memory."""
@@ -132,6 +159,14 @@ class RunDir:
     def remember_micro_batch_tokens(self, asked: int, tokens: int) -> None:
         """Holds until the option changes."""
         write_atomically(self.memory, json.dumps({"asked": asked, "tokens": tokens}))
+
+
+def _read_claim(file: Path, *keys: str) -> dict[str, Any]:
+    """Who may write. Raises RunError where that cannot be read: it says nothing about what the run was asked to do."""
+    try:
+        return read_json(file, "delete it, and start the run again", *keys)
+    except NotReady as error:
+        raise RunError(str(error)) from None
 
 
 def identity_digest(config: Config) -> str:

@@ -32,8 +32,9 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from caldpo_ray.access import is_our_own
 from caldpo_ray.allocator import keep_freed_memory
 from caldpo_ray.config import TrainSection
+from caldpo_ray.errors import DamagedCheckpoint, raise_told
 from caldpo_ray.imports import large_imports
-from caldpo_ray.leaving import ask_to_end, ask_to_move
+from caldpo_ray.leaving import POLL_SECONDS, Ended, ask_to_end, ask_to_move, has_begun
 from caldpo_ray.progress import say
 from caldpo_ray.regroup import AheadOfPreemption, Elastic, Restarts, RunController
 from caldpo_ray.waiting import wait_for
@@ -91,13 +92,21 @@ class PolicyTrainer(DataParallelTrainer):
         return self._wait_for(self._controller or start_controller(), of_the_run)
 
     def _wait_for(self, controller: Any, of_the_run: dict[str, Any]) -> Any:
-        """The result of a training. Interrupted, it has the workers save and end; interrupted again, it does not wait for them."""
-        running, asked = controller.run.remote(of_the_run), False
+        """The result of a training. Interrupted, it has the workers save and end; interrupted again, it does not wait for them.
+
+        Raises what rank 0 failed with. What the feed was told and knew is kept here, too: it may be started again.
+        """
+        running, asked, begun = controller.run.remote(of_the_run), False, False
         while True:
             try:
+                if asked:
+                    ask_to_end(self._feed)
+                begun = begun or has_begun(self._feed)
+                if not ray.wait([running], timeout=POLL_SECONDS)[0]:
+                    continue
                 result = ray.get(running)
             except KeyboardInterrupt:  # Ray's own handler would end this process with code 0
-                if not asked and ask_to_end(self._feed):
+                if not asked and (ask_to_end(self._feed) or begun):
                     say(
                         "a checkpoint is saved first, after the step that is running; stop once more not to wait for it"
                     )
@@ -106,8 +115,10 @@ class PolicyTrainer(DataParallelTrainer):
                 with suppress(RayError):
                     ray.get(controller.abort.remote(), timeout=SHUTDOWN_SECONDS)
                 raise
-            if asked and result.return_value:
-                raise KeyboardInterrupt
+            ended: Ended = result.return_value
+            if asked and (ended.asked or ended.failure.startswith(DamagedCheckpoint.__name__)):
+                raise KeyboardInterrupt  # not to train on from the checkpoint before
+            raise_told(ended.failure)
             return result
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ from caldpo_ray import checkpoint, metrics
 from caldpo_ray.alarms import Alarms
 from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
-from caldpo_ray.checkpoint_list import scores
+from caldpo_ray.checkpoint_list import improves, scores
 from caldpo_ray.config import Config, ModelSection
-from caldpo_ray.engine import build_engine, set_up_process, spoil_step, take_step
-from caldpo_ray.errors import Diverged, InputError, Left, RunError
+from caldpo_ray.engine import build_engine, set_up_process, spoil_step, sum_over_ranks, take_step
+from caldpo_ray.errors import Diverged, InputError, Left, RunError, find_error, tell
 from caldpo_ray.faults import leave_out, of_all_ranks, rows_not_finite, tell_failure, within_memory
 from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
 from caldpo_ray.flops import forward_cost, peak_flops_of_workers
-from caldpo_ray.leaving import Leave, Listener
+from caldpo_ray.leaving import Ended, Leave, Listener
 from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
@@ -40,10 +41,10 @@ from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.reference import probe_tolerance
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
 from caldpo_ray.run_log import log_of_rank
-from caldpo_ray.storage import make_folder, open_path, write_atomically
+from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
 from caldpo_ray.sweep_options import broken_rule
 from caldpo_ray.uploads import Cadence, Uploads
-from caldpo_ray.waiting import DUMPED_AT, Watchdog, wait_for
+from caldpo_ray.waiting import DUMPED_AT, FEED_SECONDS, Watchdog, wait_for
 
 HELD_SECONDS = 10.0  # between two looks at whether this attempt still holds the run directory
 
@@ -65,6 +66,7 @@ class PolicyWorker:
         self.wait_seconds = self.config.train.wait_timeout_seconds
         self.watchdog = Watchdog(DUMPED_AT * self.wait_seconds, self._stands_still)
         self.attempt, self.micro_batch_tokens = self._agree_on_attempt()
+        self.run = replace(self.run, group=self.attempt)
         self.feed.place.remote(this_place("policy worker", self.rank))
         self.rows_digest: str = wait_for(self.feed.rows_digest.remote(), "the feed to open the rows", self.wait_seconds)
         self.checkpoint = ray.train.get_checkpoint()
@@ -102,7 +104,7 @@ class PolicyWorker:
         if self.rank == 0:
             asked = self.config.train.micro_batch_tokens
             tokens = self.run.micro_batch_tokens(asked)
-            facts += torch.tensor([time.time_ns(), tokens], device=self.device)
+            facts += torch.tensor([self.run.begin_group(), tokens], device=self.device)
             if tokens != asked:
                 self.feed.note.remote(
                     f"train.micro_batch_tokens = {tokens}: {asked} did not fit into memory before ({self.run.memory})"
@@ -158,7 +160,7 @@ class PolicyWorker:
         """Load the newest checkpoint of this run, if there is one; (steps done, best metric so far)."""
         if self.checkpoint is not None:
             with self.checkpoint.as_directory() as folder:
-                checkpoint.load(self.engine, Path(folder))
+                checkpoint.load(self.engine, Path(folder), copy_of_node=is_remote(self.run.checkpoints))
         state = self.state
         if self.rank == 0:
             self.run.require_held()
@@ -198,7 +200,7 @@ class PolicyWorker:
                 # DeepSpeed averages gradients over ranks, and the loss is a sum over the global batch.
                 self.engine.backward(losses.sum() * (self.world_size / share.num_rows), scale_wrt_gas=False)
             parts.append(part)
-        totals = self.reduce(metrics.merge(parts) | self.listener.word(self.cadence.due()))
+        totals = sum_over_ranks(metrics.merge(parts) | self.listener.word(self.cadence.due()), self.device)
         self.asked_to_save, self.leave = self.listener.agreed(totals)
         if step == 0 and self.settings["num_eval"]:
             self._require_best_metric(totals)
@@ -251,7 +253,7 @@ class PolicyWorker:
             self.write(self._measure("report", step))
         self._require_best_metric(line)
         value = float(line[self.config.best_metric])
-        if best is not None and (value >= best if self.config.best_is_smallest else value <= best):
+        if not improves(self.config, value, best):
             return best
         self.export(self.run.best)
         return value
@@ -266,7 +268,7 @@ class PolicyWorker:
                     self.forward(micro_batch, evaluating=True)[1]
                     for micro_batch in self.next_share(split, number).micro_batches
                 ]
-        return self._line(step, split, self.reduce(metrics.merge(parts)), started)
+        return self._line(step, split, sum_over_ranks(metrics.merge(parts), self.device), started)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -317,25 +319,13 @@ class PolicyWorker:
     def ask_ahead(self, split: SplitName, step: int) -> None:
         """Have the feed cut the shares of this step and of those that follow, unless it was asked to."""
         if split not in self.queues:
-            schedule, layout = self.schedules[split], self.engine.module.layout
+            schedule, scorer = self.schedules[split], self.engine.module
             most_steps = steps_per_call(schedule.batch_size, self.world_size)
             first = Request(
-                self.attempt, split, step, self.rank, self.world_size, most_steps, layout, self.chunk_positions,
-                self.micro_batch_tokens,
+                self.attempt, split, step, self.rank, self.world_size, most_steps, scorer.layout, self.chunk_positions,
+                self.micro_batch_tokens, scorer.max_shared_tokens,
             )  # fmt: skip
             self.queues[split] = ShareQueue(self.feed, first, schedule.num_steps, self.wait_seconds)
-
-    def reduce(self, totals: metrics.Metrics) -> metrics.Metrics:
-        """Sums and counts over all ranks in one collective, in float64."""
-        names = sorted(totals)
-        flat = [tensor.to(torch.float64).reshape(-1).to(self.device) for name in names for tensor in totals[name]]
-        joined = torch.cat(flat)
-        dist.all_reduce(joined)
-        pieces = iter(torch.split(joined, [len(piece) for piece in flat]))
-        return {
-            name: (next(pieces).reshape(totals[name][0].shape), next(pieces).reshape(totals[name][1].shape))
-            for name in names
-        }
 
     def _line(self, step: int, split: SplitName, totals: metrics.Metrics, started: float) -> dict[str, Any]:
         schedule = self.schedules["train"]
@@ -429,20 +419,24 @@ class PolicyWorker:
         self.feed.note.remote(f"rank {self.rank} {standing}; its stacks: {file}")
 
 
-def train_loop_per_worker(settings: dict[str, Any]) -> bool:
-    """Entry point of every Ray Train worker; whether the run is to end before its last step.
+def train_loop_per_worker(settings: dict[str, Any]) -> Ended:
+    """Entry point of every Ray Train worker.
 
-    What restarting would not cure goes to the feed, and every rank ends quietly: the driver raises it. Anything else, a
-    lost peer above all, is raised, and Ray Train starts the group again from the last checkpoint.
+    What restarting would not cure goes to the feed and to the driver, which raises it, and every rank ends quietly. Anything else,
+    a lost peer above all, is raised, and Ray Train starts the group again from the last checkpoint.
     """
     try:
-        return PolicyWorker(settings).train()
+        return Ended(asked=PolicyWorker(settings).train())
     except (InputError, RunError) as error:
         tell_failure(settings, error)
         dist.destroy_process_group()  # peers inside a collective wake up with an error
+        return Ended(failure=tell(find_error(error) or error))
     except Left:
         raise
     except Exception as error:
         if tell_failure(settings, error):
             raise
-    return False
+        failure = wait_for(settings["feed"].progress.remote(), "the feed", FEED_SECONDS).failure
+        if failure is None:  # the feed was started again since
+            raise
+        return Ended(failure=": ".join(failure))

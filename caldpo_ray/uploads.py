@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from caldpo_ray import checkpoint
 from caldpo_ray.checkpoint import TrainerState
+from caldpo_ray.checkpoint_list import folder_name
 from caldpo_ray.errors import RunError, last_line
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import full_disk_told, is_remote, publishing, remove_tree, served
@@ -86,7 +87,7 @@ class Uploads:
         """
         self._run.require_held()
         self.finish_checkpoint()
-        name = f"step-{state.step:08d}"
+        name = folder_name(state.step)
         with writing(tempfile.gettempdir()):
             folder = Path(tempfile.mkdtemp(prefix=self._scratch))
             checkpoint.save(engine, state, folder)

@@ -41,7 +41,8 @@ KILLS_PER_RUN = (4, 8)
 DAMAGED_SHARE = 0.3  # of the driver's deaths
 POLL_SECONDS = 0.02
 PATIENCE_SECONDS = 600.0  # for a moment to come, and for a run to end after its last kill
-TRAIN = {"epochs": 4, "save_every": 4, "max_failures": 1000}
+TRAIN = {"epochs": 4, "save_every": 4, "keep_checkpoints": 2, "max_failures": 1000}
+MOST_CHECKPOINTS = TRAIN["keep_checkpoints"] + 1  # the best ones and the newest
 CALM = "undisturbed"
 
 
@@ -252,6 +253,9 @@ def differences(run: Run, calm: Run) -> list[str]:
         ours, theirs = run.weights(folder), calm.weights(folder)
         if unlike := [name for name in theirs if name not in ours or not np.array_equal(ours[name], theirs[name])]:
             found.append(f"{folder}/ differs in {len(unlike)} of {len(theirs)} weights, in {unlike[0]} for one")
+    kept = sorted(path.name for path in run.path.glob("checkpoints/step-*"))
+    if len(kept) > MOST_CHECKPOINTS:
+        found.append(f"it keeps the checkpoints {kept}, and at most {MOST_CHECKPOINTS} of them are to stay")
     left = [
         path for path in run.path.rglob("*") if path.name.endswith(".unfinished") or path.name.startswith(".metrics")
     ]

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.chaos import soak
-from tests.chaos.kills import DAMAGES, KINDS, damage, differences, draw_blows
+from tests.chaos.kills import DAMAGES, KINDS, MOST_CHECKPOINTS, damage, differences, draw_blows
 from tests.chaos.soak import Look
 from tests.ray.runs import Run
 
@@ -27,6 +27,8 @@ def calm(tmp_path: Path) -> Run:
         save_file({"weights": np.arange(4, dtype=np.float32)}, path / folder / "model.safetensors")
     lines = [{"step": step, "split": "train", "loss": 0.5, "wall_seconds": step / 7} for step in (1, 2, 3)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in range(MOST_CHECKPOINTS):
+        (path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     (path / "status.json").write_text(json.dumps({"state": "complete", "exit_code": 0}))
     return Run(path)
 
@@ -50,6 +52,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another number": (rewrite("metrics.jsonl", "0.5", "0.50000001"), "line 1 of its metrics"),
     "no end": (rewrite("status.json", "complete", "running"), "its status is"),
+    "checkpoints": (
+        lambda path: [
+            (path / f"checkpoints/step-{step:08d}").mkdir(exist_ok=True) for step in range(MOST_CHECKPOINTS + 1)
+        ],
+        f"at most {MOST_CHECKPOINTS} of them",
+    ),
     "leftovers": (lambda path: (path / ".best.unfinished").mkdir(), "left behind"),
 }
 

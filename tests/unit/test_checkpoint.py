@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from caldpo_ray import checkpoint
-from caldpo_ray.errors import DamagedCheckpoint
+from caldpo_ray.errors import DamagedCheckpoint, RunError
 from caldpo_ray.uploads import move_files
 
 MODEL = f"{checkpoint.TAG}/mp_rank_00_model_states.pt"
@@ -89,16 +90,50 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(name: str, folder: Pa
     assert told in str(caught.value)
 
 
-def test_what_may_not_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a run would go back to an older checkpoint because somebody changed permissions."""
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_now_is_no_damage(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a run would go back to an older checkpoint because of permissions, or of a file system that is away for a moment."""
 
-    def refuse(path: Path) -> bytes:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    def refuse(path: Path) -> Any:
+        raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(checkpoint, "read_bytes", refuse)
-    for look in (checkpoint.read_state, lambda place: checkpoint.find_damage(place, 2)):
-        with pytest.raises(PermissionError):
-            look(folder)
+    told = rf"^{folder}/.*: cannot be read now \({os.strerror(number)}\); the same command tries again, and goes on from the"
+    for name in ("read_bytes", "_checksum"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, refuse)
+            for look in (checkpoint.read_state, lambda place: checkpoint.find_damage(place, 2)):
+                if name == "_checksum" and look is checkpoint.read_state:
+                    continue
+                with pytest.raises(RunError, match=told) as caught:
+                    look(folder)
+                assert not isinstance(caught.value, DamagedCheckpoint)
+    assert checkpoint.find_damage(folder, 2) is None
+
+
+def test_nobody_reads_before_all_have_the_files(folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On object storage a rank that comes later downloads again, over what the others of its node read."""
+    done: list[str] = []
+    read = checkpoint.read_state
+    monkeypatch.setattr(dist, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(checkpoint, "read_state", lambda place: done.append("read") or read(place))
+    flip(folder / SHARD)
+    with pytest.raises(DamagedCheckpoint):
+        checkpoint.load(None, folder)
+    assert done == ["barrier", "read"]
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_copy_is_looked_at_by_the_ranks_of_its_node(
+    part: int, folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(folder / SHARD)  # the second of three files
+    monkeypatch.setenv("LOCAL_RANK", str(part))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(checkpoint, "fits", lambda *layout: True)
+    engine = SimpleNamespace(zero_optimization_stage=lambda: 1, load_checkpoint=lambda *a, **k: (None, None))
+    with pytest.raises(RunError) as caught:
+        checkpoint.load(engine, folder, copy_of_node=True)
+    assert isinstance(caught.value, DamagedCheckpoint) == (part == 1), caught.value
 
 
 def test_ranks_share_the_work_of_looking(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """The list of checkpoints against Ray Train's own manager, which writes it and must take back what we make of it."""
 
 import asyncio
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +14,18 @@ import pytest
 from caldpo_ray.checkpoint_list import (
     LIST_FILE,
     STATE_FILE,
+    improves,
     leave_out_newest,
     mend_list,
     newest_step,
+    remove_unlisted,
+    require_finished,
     scores,
     seal_name,
 )
 from caldpo_ray.config import Config
 from caldpo_ray.errors import NotReady, RunError
+from caldpo_ray.run_dir import RunDir, truncate_metrics
 
 KEPT = ("step-00000005", "step-00000010", "step-00000015")
 ACCURACY = {5: 0.9, 10: 0.5, 15: 0.7}
@@ -72,7 +78,8 @@ def write(folder: Path, step: int) -> None:
 def folder(tmp_path: Path) -> Path:
     """Three checkpoints, ranked by Ray Train: the first is the best."""
     folder = tmp_path / "checkpoints"
-    lines = [{"step": step, "split": "eval", "accuracy": value} for step, value in ACCURACY.items()]
+    lines: list[dict[str, Any]] = [{"step": step, "split": "train"} for step in range(1, 16)]
+    lines += [{"step": step, "split": "eval", "accuracy": value} for step, value in ACCURACY.items()]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder.mkdir()
     manager = ray_manager(folder)
@@ -139,6 +146,42 @@ def test_a_damaged_list_is_made_again_from_whole_checkpoints(name: str, folder: 
     assert latest(folder) == "step-00000020"
 
 
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_whose_metrics_were_cut_is_not_taken(name: str, folder: Path) -> None:
+    """It was not committed, and another group of workers went on from the one before: lines up to it would be missing."""
+    truncate_metrics(folder.parent / "metrics.jsonl", 12)
+    DAMAGE[name](folder / LIST_FILE)
+    told = mend(folder)
+    assert told is not None and told.endswith("the run goes on from step-00000010")
+    assert latest(folder) == "step-00000010"
+
+
+def test_with_a_damaged_list_a_checkpoint_without_metrics_is_better_than_none(folder: Path) -> None:
+    (folder.parent / "metrics.jsonl").unlink()
+    DAMAGE["empty"](folder / LIST_FILE)
+    told = mend(folder)
+    assert told is not None and told.endswith("the run goes on from step-00000015")
+    (folder / LIST_FILE).unlink()
+    assert mend(folder) is None, "nothing was ever committed: the run starts from its first step"
+
+
+def test_a_list_that_cannot_be_read_now_is_not_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read = (folder / LIST_FILE).read_bytes(), Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path == folder / LIST_FILE:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(
+            RunError, match=rf"^{folder / LIST_FILE}: cannot be read now \(.*; the same command tries again"
+        ):
+            mend(folder)
+    assert (folder / LIST_FILE).read_bytes() == before
+
+
 def test_a_damaged_list_without_a_whole_checkpoint_is_one_error(folder: Path) -> None:
     (folder / LIST_FILE).write_text("{")
     for name in KEPT:
@@ -172,3 +215,58 @@ def test_checkpoints_that_somebody_removed_leave_the_list(folder: Path) -> None:
     told = mend(folder)
     assert told == f"checkpoint {folder / KEPT[2]} is gone; the run goes on from step-00000005"
     assert latest(folder) == KEPT[0]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(each.name for each in folder.glob("step-*"))
+
+
+def test_checkpoints_off_the_list_are_removed_once_it_is_newer(folder: Path) -> None:
+    run = RunDir(folder.parent).claim()
+    write(folder, 7)  # not committed
+    (folder / "step-00000012").mkdir()  # half deleted
+    leave_out_newest(folder, "weights-0 is damaged")
+    remove_unlisted(run)
+    assert names(folder) == ["step-00000005", "step-00000010", "step-00000012", "step-00000015"], (
+        "an older attempt may commit"
+    )
+    write(folder, 20)
+    register(ray_manager(folder), folder, 20)
+    before = (folder / LIST_FILE).read_bytes()
+    RunDir(folder.parent).claim()
+    with pytest.raises(RunError, match="this older one stops"):
+        remove_unlisted(run)
+    assert len(names(folder)) == 5
+    remove_unlisted(RunDir(folder.parent).claim())
+    assert names(folder) == ["step-00000005", "step-00000010", "step-00000020"]
+    assert (folder / LIST_FILE).read_bytes() == before and latest(folder) == "step-00000020"
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_with_a_damaged_list_no_checkpoint_is_removed(name: str, folder: Path) -> None:
+    DAMAGE[name](folder / LIST_FILE)
+    remove_unlisted(RunDir(folder.parent).claim())
+    assert names(folder) == list(KEPT)
+
+
+def test_a_run_has_finished_only_with_its_last_checkpoint_and_its_model(folder: Path) -> None:
+    run = RunDir(folder.parent)
+    told = r"^training ended without a reason: its newest checkpoint is of step 15 of 15, and .*/model is not there; the same"
+    with pytest.raises(RunError, match=told):
+        require_finished(run, 15)
+    run.model.mkdir()
+    require_finished(run, 15)
+    with pytest.raises(RunError, match=r"step 15 of 16, and .*/model is there"):
+        require_finished(run, 16)
+    (folder / LIST_FILE).write_text("{")
+    with pytest.raises(RunError, match="start the run again, which mends it"):
+        require_finished(run, 15)
+
+
+@pytest.mark.parametrize(("metric", "better", "worse"), [("rewards/accuracies", 0.7, 0.3), ("loss", 0.3, 0.7)])
+def test_what_is_not_finite_is_never_the_best(metric: str, better: float, worse: float) -> None:
+    config = ranked_by(metric)
+    assert improves(config, better, 0.5) and not improves(config, worse, 0.5) and not improves(config, 0.5, 0.5)
+    assert improves(config, worse, None) and improves(config, worse, math.nan), "of a checkpoint of an older version"
+    for value in (math.nan, math.inf, -math.inf):
+        assert not any(improves(config, value, best) for best in (None, 0.5, math.nan))

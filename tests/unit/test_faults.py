@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
+from caldpo_ray import faults
 from caldpo_ray.config import TrainSection
-from caldpo_ray.errors import Left, OutOfMemory, RunError
+from caldpo_ray.errors import Left, OutOfMemory, RunError, raise_told
 from caldpo_ray.faults import leave_out, within_memory
 from caldpo_ray.regroup import Restarts, never_started
 from caldpo_ray.run_dir import RunDir
+from caldpo_ray.storage import Unreachable
 from tests.unit.tiny_models import random_rows
 
 ROWS = random_rows((3, 2, 2), (4, 2, 2))
@@ -80,3 +83,15 @@ def test_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPat
     assert Restarts(FailureConfig(), placement_seconds=39).make_decision(never).value == "RAISE"
     patient = Restarts(FailureConfig(), placement_seconds=90)
     assert [patient.make_decision(never).value for _ in range(3)] == ["RETRY"] * 3
+
+
+def test_the_feed_is_told_a_kind_of_error_that_the_driver_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors of one module alone are a kind of ours; by their own name the driver would not find them, and end with 1."""
+    told: list[tuple[str, str]] = []
+    feed = SimpleNamespace(fail=SimpleNamespace(remote=lambda *words: told.append(words)))
+    monkeypatch.setattr(faults, "wait_for", lambda reference, what, seconds: reference)
+    monkeypatch.setattr(faults, "log_of_rank", lambda settings: lambda *event: None)
+    assert not faults.tell_failure({"feed": feed}, Unreachable("s3://bucket: does not answer"))
+    ((kind, message),) = told
+    with pytest.raises(RunError, match="^s3://bucket: does not answer$"):
+        raise_told(f"{kind}: {message}")

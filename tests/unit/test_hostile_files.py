@@ -43,6 +43,7 @@ def make_files(folder: Path) -> None:
     """Hostile files of 2 GB and what looks as large."""
     sparse(folder / "line.jsonl", 2**31)
     sparse(folder / "line.csv", 2**31, b"prompt,chosen,rejected\n")
+    (folder / "record.csv").write_bytes(b'prompt,chosen,rejected\n"' + b'","\n' * (20 * MEGABYTE))
     sparse(folder / "text.json", 2**31, b'[{"a": "')
     repeated(folder / "bomb.jsonl.gz", gzip.compress(bytes(64 * MEGABYTE), 1), 32)
     repeated(folder / "bomb.csv.zst", zstandard.compress(bytes(64 * MEGABYTE)), 32)
@@ -56,11 +57,15 @@ def make_files(folder: Path) -> None:
     long = pa.array(["x" * 16 * MEGABYTE])
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), long)
     pq.write_table(pa.table({"prompt": column}), folder / "dictionary.parquet", dictionary_pagesize_limit=2**30)
+    count = readers.MAX_VALUES + 1
+    nulls = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.nulls(count, pa.int8()))
+    pq.write_table(pa.table({"prompt": nulls}), folder / "nulls.parquet")
 
 
 EXPECTED: dict[str, str] = {
     "line.jsonl": "line 1 is longer than 256 MB; give one record per line",
     "line.csv": "line 2 is longer than 256 MB; give one record per line",
+    "record.csv": "not CSV from line 2 on (record longer than 64 MB); check the quotes",
     "text.json": "record 1, line 1: cut off, not JSON or longer than 64 MB",
     "bomb.jsonl.gz": "grows too much as it is decompressed (256 MB out of the first ",
     "bomb.csv.zst": "grows too much as it is decompressed (256 MB out of the first ",
@@ -71,6 +76,7 @@ EXPECTED: dict[str, str] = {
     "columns.jsonl": "more than 10000 columns",
     "footer.parquet": "too large a footer (2047 MB of names",
     "dictionary.parquet": "100 records",
+    "nulls.parquet": "column prompt.list.element grows too much (32 million values in 0 KB); leave it out",
 }
 # Reads each file to its end or its refusal, like a data task, which lets go of a batch before it asks for the next.
 READ = """
@@ -147,6 +153,18 @@ def test_a_batch_of_long_records_ends_early(tmp_path: Path) -> None:
         sizes = [len(batch) for batch in iterate(source, 1024)]
         assert sizes in ([16, 16, 8], [15, 15, 10]), source.path
         assert max(sizes) * MEGABYTE <= sources.BATCH_BYTES
+
+
+def test_long_lists_of_numbers_are_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_VALUES", 1000)
+    ids = [[number * 7919 % 50_000 for number in range(length)] for length in (700, 900)]
+    pq.write_table(pa.table({"input_ids": ids}), tmp_path / "a.parquet")
+    assert [record["input_ids"] for record in records(tmp_path / "a.parquet")] == ids
+    pq.write_table(pa.table({"mask": [[1] * 100_000]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"column mask\S* grows too much"):
+        records(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"a": pa.nulls(100_000, pa.int8())}), tmp_path / "a.parquet")
+    assert len(records(tmp_path / "a.parquet")) == 100_000, "a value for each row is read as rows are"
 
 
 class Runs:

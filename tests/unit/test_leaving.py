@@ -2,11 +2,14 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import GetTimeoutError
 from ray.train import ControllerError, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller.state import (
@@ -18,9 +21,11 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from caldpo_ray.errors import DamagedCheckpoint, Diverged, RunError
 from caldpo_ray.interrupts import interrupts_answered, own_signals_kept
-from caldpo_ray.leaving import WORD, Leave, Listener, Requests, said_by_rank_0
+from caldpo_ray.leaving import WORD, Ended, Leave, Listener, Requests, said_by_rank_0
 from caldpo_ray.regroup import AheadOfPreemption, Elastic
+from caldpo_ray.trainer import PolicyTrainer
 
 MOVE, END = Leave("a node goes"), Leave("Ctrl-C", for_good=True)
 
@@ -78,6 +83,96 @@ def test_sigterm_is_ctrl_c_also_after_ray_took_it() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.signal(signal.SIGTERM, before) is signal.SIG_DFL
+
+
+class FakeFeed:
+    """What `ask_to_end` and `has_begun` ask; what a feed knows goes with it."""
+
+    def __init__(self) -> None:
+        self.asked, self.begun, self.is_there = 0, False, True
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: lambda: self._answer(name))
+
+    def _answer(self, name: str) -> Any:
+        if not self.is_there:
+            raise GetTimeoutError
+        self.asked += name == "leave"
+        return self.begun if name == "leave" else SimpleNamespace(started=self.begun)
+
+    def start_again(self) -> None:
+        self.asked, self.begun, self.is_there = 0, False, True
+
+    def go(self) -> None:
+        self.is_there = False
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def training(
+    feed: FakeFeed, events: list[Callable[[], Any]], ended: Callable[[], Ended], monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """Wait for a training in which these happen in turn; what else was asked of its controller."""
+    coming, asked = iter(events), list[str]()
+
+    def wait(references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        if (event := next(coming, None)) is None:
+            return references, []
+        event()
+        return [], references
+
+    def remote(name: str) -> Any:
+        return SimpleNamespace(remote=lambda *arguments: lambda: asked.append(name))
+
+    monkeypatch.setattr("ray.wait", wait)
+    monkeypatch.setattr("ray.get", lambda reference, timeout=None: reference())
+    trainer = object.__new__(PolicyTrainer)
+    trainer._feed = feed
+    run = SimpleNamespace(remote=lambda of_the_run: lambda: SimpleNamespace(return_value=ended()))
+    try:
+        trainer._wait_for(SimpleNamespace(run=run, abort=remote("abort")), {})
+    except KeyboardInterrupt:
+        asked.append("interrupted")
+    return asked
+
+
+def test_what_was_asked_outlives_the_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was asked while the feed was being started again."""
+
+    def begin() -> None:
+        feed.begun = True
+
+    def nothing() -> None:
+        pass
+
+    def end() -> Ended:
+        return Ended(asked=feed.asked > 0)
+
+    feed = FakeFeed()
+    assert training(feed, [begin, interrupt, feed.start_again, nothing], end, monkeypatch) == ["interrupted"]
+    feed = FakeFeed()
+    happens = [begin, nothing, feed.go, interrupt, nothing, feed.start_again, nothing]
+    assert training(feed, happens, end, monkeypatch) == ["interrupted"]
+    feed = FakeFeed()
+    assert training(feed, [begin, interrupt, interrupt], end, monkeypatch) == ["abort", "interrupted"]
+    feed = FakeFeed()
+    assert training(feed, [nothing, interrupt], end, monkeypatch) == ["abort", "interrupted"], "nothing to save"
+    feed = FakeFeed()
+    assert training(feed, [begin, nothing], end, monkeypatch) == []
+
+
+def test_what_rank_0_failed_with_is_raised_whatever_the_feed_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = FakeFeed()
+    for kind in (Diverged, DamagedCheckpoint, RunError):
+        with pytest.raises(kind, match=r"^why: so$"):
+            training(
+                feed, [feed.start_again], lambda kind=kind: Ended(failure=f"{kind.__name__}: why: so"), monkeypatch
+            )
+    feed.begun = True
+    damaged = Ended(failure="DamagedCheckpoint: why")
+    assert training(feed, [interrupt], lambda: damaged, monkeypatch) == ["interrupted"], "it does not train on"
 
 
 def elastic(room: int, asked: list[str]) -> Elastic:

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,8 @@ import pytest
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.run_dir import (
+    Replaced,
+    RunDir,
     append_metrics,
     changed_execution_keys,
     finish_metrics,
@@ -129,6 +134,64 @@ def test_an_attempt_that_was_overtaken_writes_no_more(tmp_path: Path, s3: Any, r
     with pytest.raises(InputError, match="holds another run"):
         open_run_dir(config(tmp_path, f"run.output_dir={root or tmp_path / 'runs'}", "objective.beta=0.2"), fresh=False)
     newer.require_held()  # what was refused took nothing over
+
+
+@pytest.mark.parametrize("root", ["", "memory://groups", "s3://data/groups"])
+def test_a_group_of_workers_that_was_replaced_writes_no_more(tmp_path: Path, s3: Any, root: str) -> None:
+    """And it is not the run that ends with it."""
+    driver = RunDir(open_path(root) if root else tmp_path).claim()
+    older = replace(driver, group=driver.begin_group())
+    older.require_held()
+    newer = replace(driver, group=driver.begin_group())
+    with pytest.raises(
+        Replaced, match=f"group {older.group} of policy workers was replaced by {newer.group}"
+    ) as caught:
+        older.require_held()
+    assert not isinstance(caught.value, RunError)
+    newer.require_held()
+    driver.require_held()
+    next_driver = RunDir(driver.path).claim()
+    with pytest.raises(RunError, match="another attempt of this run has taken it over"):
+        driver.begin_group()
+    newest = replace(next_driver, group=next_driver.begin_group())
+    newest.require_held()
+    with pytest.raises(RunError, match="another attempt of this run has taken it over"):
+        newer.require_held()
+
+
+def test_groups_are_numbered_in_their_order_whatever_the_clocks_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path).claim()
+    clocks = iter([5_000, 3_000, 3_001, 9_000])
+    monkeypatch.setattr("caldpo_ray.run_dir.time.time_ns", lambda: next(clocks))
+    assert [run.begin_group() for _ in range(4)] == [5_000, 5_001, 5_002, 9_000]
+
+
+@pytest.mark.parametrize("name", ["attempt", "newest_group"])
+def test_who_may_write_cannot_be_read_is_no_wrong_input(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a disk that fails for a moment nor a file that somebody spoiled is what the run was asked to do."""
+    run = RunDir(tmp_path).claim()
+    run = replace(run, group=run.begin_group())
+    file: Path = vars(RunDir)[name].fget(run)
+    told = rf"^{file}: cannot be read \(.*\); delete it, and start the run again"
+    read = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(RunError, match=told):
+            run.require_held()
+    run.require_held()
+    file.write_text("{")
+    with pytest.raises(RunError, match=told):
+        run.require_held()
 
 
 @pytest.mark.parametrize("root", ["memory://metrics", "s3://data/metrics"])

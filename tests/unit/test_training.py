@@ -1,16 +1,21 @@
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlflow
 import pytest
 import torch
 import wandb
 
+from caldpo_ray import training
 from caldpo_ray.batching import Schedule
 from caldpo_ray.config import Config, TrainSection
-from caldpo_ray.errors import InputError, NotReady
+from caldpo_ray.errors import DamagedCheckpoint, InputError, NotReady, RunError
+from caldpo_ray.leaving import Ended
 from caldpo_ray.loggers import open_loggers, require_installed, scalars
 from caldpo_ray.optimizers import learning_rate, make_optimizer
-from caldpo_ray.training import PolicyWorker
+from caldpo_ray.training import PolicyWorker, train_loop_per_worker
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,56 @@ def test_held_out_rows_are_evaluated_before_each_save_and_the_last_step_is_saved
     due = {step: worker.due(step) for step in range(1, 8)}
     assert [step for step, (evaluates, _) in due.items() if evaluates] == evaluated
     assert [step for step, (_, saves) in due.items() if saves] == saved
+
+
+def test_a_model_whose_evaluation_is_not_finite_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = object.__new__(PolicyWorker)
+    values = {"model": {"name_or_path": "m"}, "data": {"train": "d"}, "objective": {"name": "dpo"}}
+    worker.config = Config.model_validate({"run": {"name": "r"}, "train": {"best_metric": "loss"}, **values})
+    worker.settings, worker.evaluated, worker.run = {"num_report": 0}, {}, SimpleNamespace(best="best")
+    measured, kept = {1: math.nan, 2: 0.5, 3: math.nan, 4: 0.6, 5: 0.4, 6: math.inf}, []
+    monkeypatch.setattr(worker, "_measure", lambda split, step: {"step": step, "split": split, "loss": measured[step]})
+    monkeypatch.setattr(worker, "write", lambda line: None)
+    monkeypatch.setattr(worker, "export", lambda target: kept.append(worker.evaluated["step"]))
+    best = None
+    for step in measured:
+        best = worker.evaluate(step, best)
+    assert (best, kept) == (0.4, [2, 5])
+
+
+@pytest.mark.parametrize(
+    ("raised", "restart", "known", "expected"),
+    [
+        (None, False, None, Ended()),
+        (RunError("disk: full"), False, None, Ended(failure="RunError: disk: full")),
+        (DamagedCheckpoint("c"), False, None, Ended(failure="DamagedCheckpoint: c")),
+        (RuntimeError("reset by peer"), False, ("Diverged", "step: 3"), Ended(failure="Diverged: step: 3")),
+        (RuntimeError("reset by peer"), True, None, RuntimeError),
+        (RuntimeError("reset by peer"), False, None, RuntimeError),  # told, and then the feed was started again
+    ],
+)
+def test_a_worker_that_fails_does_not_end_as_one_that_is_done(
+    raised: Exception | None, restart: bool, known: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Worker:
+        def __init__(self, settings: dict[str, Any]) -> None:
+            pass
+
+        def train(self) -> bool:
+            if raised is not None:
+                raise raised
+            return False
+
+    feed = SimpleNamespace(progress=SimpleNamespace(remote=lambda: SimpleNamespace(failure=known)))
+    monkeypatch.setattr(training, "PolicyWorker", Worker)
+    monkeypatch.setattr(training, "tell_failure", lambda settings, error: restart)
+    monkeypatch.setattr(training, "wait_for", lambda answer, what, seconds: answer)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    if isinstance(expected, Ended):
+        assert train_loop_per_worker({"feed": feed}) == expected
+    else:
+        with pytest.raises(expected):
+            train_loop_per_worker({"feed": feed})
 
 
 def test_norms_and_biases_are_not_decayed() -> None:
