@@ -93,5 +93,5 @@ def test_the_feed_is_told_a_kind_of_error_that_the_driver_knows(monkeypatch: pyt
     monkeypatch.setattr(faults, "log_of_rank", lambda settings: lambda *event: None)
     assert not faults.tell_failure({"feed": feed}, Unreachable("s3://bucket: does not answer"))
     ((kind, message),) = told
-    with pytest.raises(RunError, match="^s3://bucket: does not answer$"):
+    with pytest.raises(RunError, match=r"^s3://bucket: does not answer$"):
         raise_told(f"{kind}: {message}")
