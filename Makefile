@@ -50,9 +50,9 @@ hosts: install
 	@echo "Hosts: raylets in network namespaces, one of which is cut off in mid-run, and others that lack something (some minutes)"
 	@$(BIN)/python -m pytest -s tests/hosts $(HOSTS)
 
-# `make bench BENCH="--repetitions 1 --skip scaling"` hands options on.
+# `make bench BENCH="--repetitions 1 --skip scaling rows"` hands options on.
 bench: install
-	@echo "Benchmark: this project and TRL on the same rows, one after the other (about half an hour on two cores)"
+	@echo "Benchmark: this project and TRL on the same rows, one after the other (an hour on two cores; BENCH=\"--skip rows\": forty minutes)"
 	@$(BIN)/python -m tests.benchmarks.throughput $(BENCH)
 
 # `make workers WORKERS="--workers 128"`

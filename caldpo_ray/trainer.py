@@ -115,7 +115,9 @@ class PolicyTrainer(DataParallelTrainer):
                 with suppress(RayError):
                     ray.get(controller.abort.remote(), timeout=SHUTDOWN_SECONDS)
                 raise
-            ended: Ended = result.return_value
+            ended: Ended | None = result.return_value
+            if ended is None:  # Ray stopped it, and `fit` raises why
+                return result
             if asked and (ended.asked or ended.failure.startswith(DamagedCheckpoint.__name__)):
                 raise KeyboardInterrupt  # not to train on from the checkpoint before
             raise_told(ended.failure)

@@ -161,6 +161,8 @@ def test_what_was_asked_outlives_the_feed(monkeypatch: pytest.MonkeyPatch) -> No
     assert training(feed, [nothing, interrupt], end, monkeypatch) == ["abort", "interrupted"], "nothing to save"
     feed = FakeFeed()
     assert training(feed, [begin, nothing], end, monkeypatch) == []
+    feed = FakeFeed()
+    assert training(feed, [nothing], lambda: None, monkeypatch) == [], "Ray stopped it, and its own error comes after this"
 
 
 def test_what_rank_0_failed_with_is_raised_whatever_the_feed_knows(monkeypatch: pytest.MonkeyPatch) -> None:
