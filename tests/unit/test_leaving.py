@@ -162,7 +162,9 @@ def test_what_was_asked_outlives_the_feed(monkeypatch: pytest.MonkeyPatch) -> No
     feed = FakeFeed()
     assert training(feed, [begin, nothing], end, monkeypatch) == []
     feed = FakeFeed()
-    assert training(feed, [nothing], lambda: None, monkeypatch) == [], "Ray stopped it, and its own error comes after this"
+    assert training(feed, [nothing], lambda: None, monkeypatch) == [], (
+        "Ray stopped it, and its own error comes after this"
+    )
 
 
 def test_what_rank_0_failed_with_is_raised_whatever_the_feed_knows(monkeypatch: pytest.MonkeyPatch) -> None:
