@@ -20,6 +20,7 @@ import torch
 
 from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, load_config
+from caldpo_ray.connection import connect
 from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.export import read_model_manifest
@@ -31,7 +32,6 @@ from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resol
 from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import Objective, get_objective
 from caldpo_ray.pair_analysis import FINDINGS, analyse, audit, count_findings, pair_table
-from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import require_placeable
 from caldpo_ray.progress import say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps_for_driver, reference_model

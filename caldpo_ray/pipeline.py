@@ -4,7 +4,6 @@ Every stage knows its own input; only this module knows their order. `train` ret
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -12,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.access import OWN_CLUSTER, lost_cluster, refusal
 from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step, remove_unlisted, require_finished
 from caldpo_ray.config import Config, load_config
+from caldpo_ray.connection import connect
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
 from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
 from caldpo_ray.errors import DamagedCheckpoint, InputError, NotReady, RunError, find_error, last_line
@@ -22,7 +21,6 @@ from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, Progress, count_split, schedules
 from caldpo_ray.imports import large_imports
 from caldpo_ray.input_stamp import input_stamp
-from caldpo_ray.interrupts import own_signals_kept
 from caldpo_ray.leaving import Ended
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
@@ -199,42 +197,6 @@ def _count_rows(config: Config, facts: list[RowCacheFacts]) -> tuple[int, int]:
     if not num_train:
         raise InputError(f"data.eval = {config.data.eval}: holds out every row; lower it")
     return num_train, num_eval
-
-
-def connect(verbose: bool) -> None:
-    """Join the cluster this process belongs to, or start a local one."""
-    import logging
-
-    import ray
-
-    if not ray.is_initialized():
-        level = logging.INFO if verbose else logging.ERROR
-        start = partial(
-            ray.init, log_to_driver=verbose, logging_level=level, include_dashboard=None if verbose else False
-        )
-        try:
-            with own_signals_kept():
-                _join_or_start(start)
-        except Exception as error:  # a node that is slow to start raises a plain Exception
-            raise NotReady(refusal(error, os.environ.get("RAY_ADDRESS", "a local cluster"))) from None
-    if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _join_or_start(start: Callable[..., Any]) -> None:
-    """A cluster of our own has a label that says so; Ray refuses labels for one that `ray start` made, and then joins it."""
-    if os.environ.get("RAY_ADDRESS"):
-        start()
-        return
-    if (gone := lost_cluster()) is not None:
-        say(f"Ray: the cluster at {gone} that `ray start` made is gone; starting one for this command")
-        start(address="local", labels=OWN_CLUSTER)
-        return
-    try:
-        start(labels=OWN_CLUSTER)
-    except ValueError:
-        start()
 
 
 def _resolve(config: Config, name: str, revision: str | None, init: Path, cache: Path) -> ResolvedModel:

@@ -12,12 +12,12 @@ import numpy as np
 
 from caldpo_ray.batching import Schedule
 from caldpo_ray.config import Config
+from caldpo_ray.connection import connect
 from caldpo_ray.data import make_row
 from caldpo_ray.deepspeed_config import deepspeed_config, zero_stage
 from caldpo_ray.errors import InputError
 from caldpo_ray.loggers import require_installed
 from caldpo_ray.models import load_tokenizer, pinned_revision, recall_model, tell_of_code
-from caldpo_ray.pipeline import connect
 from caldpo_ray.placement import (
     Bundle,
     Node,

@@ -25,6 +25,7 @@ from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
 from caldpo_ray.waiting import each_within
 
 ROWS_PER_REQUEST = 64
+MOST_BLOCKS = 2000  # of requests, in one execution: each is an object of Ray
 FLUSH_RESPONSES, FLUSH_SECONDS = 4096, 30.0
 NUM_PROBES = 4
 MAX_ACTOR_RESTARTS = 20
@@ -89,7 +90,7 @@ class ReferenceScorer:
 
         if self._told:
             return _error(self._told)
-        numbers = [int(number) for number in request["data"]]
+        numbers = [int(number) for number in request["rows"][0]]
         rows = [self._rows[number] for number in numbers]
         scorer, chunk = self._scorer, head_chunk_positions(self._vocab_size)
         responses: list[int] = []
@@ -285,13 +286,13 @@ def _score(
     from ray.util.annotations import RayDeprecationWarning
 
     quiet_data_context().execution_options.preserve_order = True
-    size = max(ROWS_PER_REQUEST, len(order) // 2000)
-    blocks = [order[start : start + size] for start in range(0, len(order), size)]
+    requests = [{"rows": order[start : start + ROWS_PER_REQUEST]} for start in range(0, len(order), ROWS_PER_REQUEST)]
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
-        answers = ray.data.from_numpy(blocks).map_batches(
+        # Of all sources only this one runs no task to look at its blocks, for which there might be no CPU left.
+        answers = ray.data.from_items(requests, override_num_blocks=min(len(requests), MOST_BLOCKS)).map_batches(
             ReferenceScorer,
             fn_constructor_args=(job, folders, feed),
-            batch_size=ROWS_PER_REQUEST,
+            batch_size=1,
             # While one request is scored, the next one is unpacked and the answers before are sent.
             **actor_pool(job.settings, calls_per_actor=2),
         )

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from caldpo_ray.config import Config
+from caldpo_ray.connection import connect
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
-from caldpo_ray.pipeline import Prepared, connect, prepare
+from caldpo_ray.pipeline import Prepared, prepare
 from caldpo_ray.placement import has_unknown_rows, require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, probe_tolerance, reference_logps_for_driver

@@ -13,12 +13,13 @@ from typing import Any
 
 from caldpo_ray.comparison import best_points
 from caldpo_ray.config import Config, load_config
+from caldpo_ray.connection import connect
 from caldpo_ray.data import READ_CPUS
 from caldpo_ray.errors import InputError, find_error
 from caldpo_ray.feed import count_halves, schedules
 from caldpo_ray.node_check import require_shared_store
 from caldpo_ray.objective_parameters import parse_objective
-from caldpo_ray.pipeline import Prepared, attempt, connect, prepare, refuse_what_failed_before
+from caldpo_ray.pipeline import Prepared, attempt, prepare, refuse_what_failed_before
 from caldpo_ray.placement import get, live_nodes, require_placeable, rows_to_score
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver

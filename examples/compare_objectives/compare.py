@@ -58,7 +58,7 @@ def judge_all(runs: Sequence[RunDir], base: RunDir) -> list[dict[str, float]]:
 def _start(run: RunDir, base: RunDir) -> Any:
     import ray
 
-    from caldpo_ray.pipeline import connect
+    from caldpo_ray.connection import connect
     from caldpo_ray.sampling import sample_world
 
     connect(verbose=False)

@@ -94,7 +94,7 @@ def start_sampling(run: RunDir, reference: RunDir) -> Any:
         return None
     import ray  # here, so that a finished quickstart is shown again without waiting for these
 
-    from caldpo_ray.pipeline import connect
+    from caldpo_ray.connection import connect
     from caldpo_ray.sampling import sample_world
 
     connect(verbose=False)

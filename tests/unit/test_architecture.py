@@ -84,6 +84,7 @@ LAYERS = [
         "leaving",
         "regroup",
         "access",
+        "connection",
     },
     {"data", "reference", "feed", "training", "sampling"},
     {

@@ -22,7 +22,7 @@ def test_an_actor_tells_its_seconds_once_per_request(tmp_path: Path, monkeypatch
     actor = ReferenceScorer(job, [str(rows)], None)
     clock = iter([10.0, 13.0, 20.0, 20.5])  # asked, answered, asked, answered
     monkeypatch.setattr("caldpo_ray.reference.time.monotonic", lambda: next(clock))
-    first, second = (actor({"data": np.array(numbers)}) for numbers in ([0, 1], [2]))
+    first, second = (actor({"rows": np.array([numbers])}) for numbers in ([0, 1], [2]))
     assert {len(column) for column in first.values()} == {4} and {len(column) for column in second.values()} == {2}
     assert [column.sum() for column in (first["busy_seconds"], second["busy_seconds"])] == [3.0, 0.5]
     assert [column.sum() for column in (first["idle_seconds"], second["idle_seconds"])] == [0.0, 7.0]
