@@ -26,7 +26,7 @@ from caldpo_ray.loggers import require_installed
 from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model, tell_of_code
 from caldpo_ray.node_check import require_alike
-from caldpo_ray.placement import get, not_placed, room_for_workers, room_to_prepare, room_to_train, scaling, this_node
+from caldpo_ray.placement import not_placed, room_for_workers, room_to_prepare, room_to_train, scaling, this_node
 from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
 from caldpo_ray.run_dir import (
@@ -48,7 +48,7 @@ from caldpo_ray.storage import (
 )
 from caldpo_ray.store import ReferenceStore, store_key
 from caldpo_ray.user_code import require_objective
-from caldpo_ray.waiting import FEED_SECONDS, wait_for
+from caldpo_ray.waiting import FEED_SECONDS, answer_of, wait_for
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _count_rows(config: Config, facts: list[RowCacheFacts]) -> tuple[int, int]:
     import ray
 
     task = ray.remote(count_split).options(num_cpus=READ_CPUS, label_selector=config.data.label_selector)
-    num_train, num_eval = get(
+    num_train, num_eval = answer_of(
         task.remote(facts[0].folder, config.data.eval), "a task that counts held-out rows", config
     )
     if not num_train:
@@ -208,8 +208,8 @@ def _resolve(config: Config, name: str, revision: str | None, init: Path, cache:
     if (recalled := recall_model(name, init, weights)) is not None:
         return recalled
     task = ray.remote(resolve_model).options(num_cpus=TOKENISE_CPUS, label_selector=config.data.label_selector)
-    answer = task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights)
-    return get(answer, f"a task that looks at model {name}", config)  # type: ignore[no-any-return]
+    looked = task.remote(name, revision, config.model.trust_remote_code, init, config.run.seed, weights)
+    return answer_of(looked, f"a task that looks at model {name}", config)  # type: ignore[no-any-return]
 
 
 def _resolve_reference(config: Config, run: RunDir, policy: ResolvedModel, cache: Path) -> ResolvedModel:
@@ -300,7 +300,7 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
         with watch(feed, run.metrics, num_steps):
             if not side_by_side:
                 scored = feed.reference_complete.remote()
-                get(scored, "reference log-probs", config, news=lambda: _progress(feed).reference)
+                answer_of(scored, "reference log-probs", config, news=lambda: _progress(feed).reference)
             try:
                 trainer.fit()
             except Exception as error:

@@ -6,20 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from caldpo_ray.access import OWN_CLUSTER, is_our_own
-from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config
-from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS
-from caldpo_ray.errors import InputError, NotReady, RunError, find_error
-from caldpo_ray.feed import schedules, split_rows
+from caldpo_ray.data import TOKENISE_CPUS
+from caldpo_ray.errors import InputError, NotReady, RunError
 from caldpo_ray.options import lowest
 from caldpo_ray.reference import ReferenceJob
-from caldpo_ray.rows import RowCache
-from caldpo_ray.storage import open_path, reaching
-from caldpo_ray.store import ReferenceStore, join
-from caldpo_ray.waiting import wait_for
+from caldpo_ray.unscored import has_unknown_rows, sure_to_score
 
 Resources = dict[str, float]
 POLL_SECONDS = 1.0
@@ -236,6 +229,15 @@ def room_to_train(config: Config, job: ReferenceJob | None, folders: list[str]) 
         yield scores, side_by_side
 
 
+def needs_actors(config: Config, job: ReferenceJob | None, folders: list[str]) -> bool:
+    """Whether the reference actors need room: there is something to score. Not looked at where there is room in any case."""
+    if job is None or job.store is None:
+        return job is not None
+    if room_for_workers(config, True, frozenset()) == config.train.most_workers:
+        return True
+    return has_unknown_rows(config, job.store, folders)
+
+
 def _of_their_own(tasks: Sequence[Bundle], others: Sequence[Bundle], nodes: Sequence[Node]) -> list[Bundle]:
     """Tasks that fit on no node, nor on one that comes for the others: until they run, it is theirs."""
     return [
@@ -330,63 +332,3 @@ def _explain(bundle: Bundle, config: Config, nodes: list[Node], alone: bool) -> 
         f"resources: a {bundle.role}{wanted} needs {_needs(bundle)}{beside} and fits on no node ({listed}); change"
         f" {keys}{join}"
     )
-
-
-# -- is there anything for the reference to score? ---------------------------------------------------------------------
-
-
-def sure_to_score(config: Config) -> bool:
-    """Whether that is so whatever the rows are: without a store, and with one that holds nothing."""
-    settings = config.reference
-    if not config.objective.needs_reference or settings.store is None:
-        return config.objective.needs_reference
-    with reaching("reference.store", settings.store):
-        return not any(open_path(settings.store).absolute().glob("*/part-*.parquet"))
-
-
-def needs_actors(config: Config, job: ReferenceJob | None, folders: list[str]) -> bool:
-    """Whether the reference actors need room: there is something to score. Not looked at where there is room in any case."""
-    if job is None or job.store is None:
-        return job is not None
-    if room_for_workers(config, True, frozenset()) == config.train.most_workers:
-        return True
-    return has_unknown_rows(config, job.store, folders)
-
-
-def has_unknown_rows(config: Config, store: ReferenceStore, folders: list[str]) -> bool:
-    """Whether training reads a log-prob that this store lacks; in a task, for the driver holds nothing per row."""
-    import ray
-
-    task = ray.remote(num_unknown).options(num_cpus=READ_CPUS, label_selector=config.data.label_selector)
-    return bool(get(task.remote(config, folders, store), "a task that counts the rows to score", config))
-
-
-def num_unknown(config: Config, folders: list[str], store: ReferenceStore) -> int:
-    """How many of the rows that a run reads the store does not know."""
-    order, known = rows_to_score(config, folders, [config.run.seed], store)
-    return len(order) - known
-
-
-def rows_to_score(
-    config: Config, folders: list[str], seeds: Sequence[int], store: ReferenceStore
-) -> tuple[Indices, int]:
-    """(numbers of the rows that runs with these seeds read, how many of them the store knows)."""
-    rows = RowCache(folders)
-    train, held_out = split_rows(rows, config.data.eval)
-    needed = np.zeros(len(rows), bool)
-    needed[held_out] = True
-    for seed in seeds:
-        run = config.run.model_copy(update={"seed": seed})
-        schedule = schedules(config.model_copy(update={"run": run}), len(train), 0)["train"]
-        needed[train[schedule.order(0)[: schedule.rows_consumed(schedule.num_steps)]]] = True
-    unknown = np.isnan(join(rows.digests(), *store.load(lambda told: None)))  # whoever scores tells it
-    whole = np.add.reduceat(unknown, rows.first_response[:-1]) == 0
-    return np.flatnonzero(needed), int((whole & needed).sum())
-
-
-def get(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
-    """`wait_for` as long as the config says, and what a task failed with as our own error."""
-    try:
-        return wait_for(reference, what, config.train.wait_timeout_seconds, news)
-    except Exception as error:
-        raise find_error(error) or error from None

@@ -156,7 +156,8 @@ def plan(config: Config, verbose: bool = False, measured: bool = False, device: 
     num_trials = _count_trials(config)
     if num_trials:
         yield f"sweep      {len(config.sweep.objectives)} objectives, {num_trials} trials of so many rows each"
-    yield from _store_lines(config, sample, num_rows, num_held_out)
+    known = _known_logps(config, sample)
+    yield from _store_lines(config, sample, known, num_rows, num_held_out)
     yield from _memory_lines(config)
     if device is not None:
         from caldpo_ray.paper import paper_lines
@@ -164,7 +165,9 @@ def plan(config: Config, verbose: bool = False, measured: bool = False, device: 
         yield from paper_lines(config, device, [row for row, _ in sample.rows], num_rows)
         return
     connect(verbose)
-    yield from _placement_lines(config)
+    # What is measured is measured on a reference actor, too.
+    scores = measured or known is None or bool(np.isnan(known).any())
+    yield from _placement_lines(config, config.objective.needs_reference and scores)
     if measured:
         yield from _measured_lines(config, sample, num_rows, num_trials)
 
@@ -242,7 +245,9 @@ def _size_lines(config: Config, sample: Sample, num_rows: int | None, num_held_o
 # -- reference store -----------------------------------------------------------------------------------------------
 
 
-def _store_lines(config: Config, sample: Sample, num_rows: int | None, num_held_out: int) -> Iterator[str]:
+def _store_lines(
+    config: Config, sample: Sample, known: Floats | None, num_rows: int | None, num_held_out: int
+) -> Iterator[str]:
     if not config.objective.needs_reference:
         return
     if config.reference.store is None:
@@ -251,7 +256,6 @@ def _store_lines(config: Config, sample: Sample, num_rows: int | None, num_held_
         per_row = sum(len(row.response_ids) for row, _ in sample.rows) / len(sample.rows)
         responses = (num_rows + num_held_out) * per_row
         yield f"store      about {responses:,.0f} log-probs, {describe_bytes(responses * ENTRY_BYTES)}"
-    known = _known_logps(config, sample)
     if known is None:
         return
     count = int(np.isfinite(known).sum())
@@ -329,10 +333,9 @@ def _memory_lines(config: Config) -> Iterator[str]:
 # -- the cluster ---------------------------------------------------------------------------------------------------
 
 
-def _placement_lines(config: Config) -> Iterator[str]:
+def _placement_lines(config: Config, needs_actors: bool) -> Iterator[str]:
     """Every process with the node that has room for it, before a process that has none is refused."""
-    needs_reference = config.objective.needs_reference
-    workers, actors = bundles(config, needs_reference)
+    workers, actors = bundles(config, needs_actors)
     nodes = live_nodes()
     for node in nodes:
         yield f"node       {node.name}: {node.resources.get('CPU', 0):g} CPU, {node.resources.get('GPU', 0):g} GPU"
@@ -340,7 +343,11 @@ def _placement_lines(config: Config) -> Iterator[str]:
     groups = [[data_task(config)], [*workers, *actors]] if together else [[data_task(config)], workers, actors]
     for group in groups:
         yield from describe_places(assign(group, nodes))
-    side_by_side = require_placeable(config, needs_reference)
+    side_by_side = require_placeable(config, needs_actors)
+    if not needs_actors:
+        why = ": the store knows every response looked at" if config.objective.needs_reference else ""
+        yield f"placement  policy workers alone{why}"
+        return
     yield "placement  " + (
         "policy workers and reference actors fit side by side"
         if side_by_side

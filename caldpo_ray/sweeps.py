@@ -20,7 +20,7 @@ from caldpo_ray.feed import count_halves, schedules
 from caldpo_ray.node_check import require_shared_store
 from caldpo_ray.objective_parameters import parse_objective
 from caldpo_ray.pipeline import Prepared, attempt, prepare, refuse_what_failed_before
-from caldpo_ray.placement import get, live_nodes, require_placeable, rows_to_score
+from caldpo_ray.placement import live_nodes, require_placeable
 from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
 from caldpo_ray.run_dir import RunDir, require_lasting_folders
@@ -28,6 +28,8 @@ from caldpo_ray.storage import full_disk_told, open_path
 from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial, collect, open_sweep_dir
 from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
 from caldpo_ray.sweep_results import conclude
+from caldpo_ray.unscored import rows_to_score
+from caldpo_ray.waiting import answer_of
 
 
 def sweep(config: Config | str | Path, overrides: Sequence[str] = (), verbose: bool = False) -> SweepDir:
@@ -160,7 +162,7 @@ def _prepare_once(plan: Plan, home: SweepDir) -> Prepared:
     config = plan.config.model_copy(update={"objective": max(objectives, key=lambda each: each.needs_reference)})
     prepared = prepare(config, RunDir(home.path), min_responses=max(each.min_responses for each in objectives))
     halves = _task(plan, count_halves).remote(prepared.folders, config.data.eval)
-    num_eval, num_report = get(halves, "a task that halves the held-out rows", config)
+    num_eval, num_report = answer_of(halves, "a task that halves the held-out rows", config)
     if not num_eval or not num_report:
         raise InputError(
             f"data.eval = {config.data.eval}: {num_eval + num_report} held-out rows are too few to choose by one half and report"
@@ -188,7 +190,7 @@ def _score_once(plan: Plan, home: SweepDir, prepared: Prepared) -> None:
         raise InputError("reference.store = null: a sweep scores the reference once and keeps it there; name a folder")
     require_shared_store(prepared.config)
     counting = _task(plan, rows_to_score).remote(prepared.config, prepared.folders, plan.seeds, job.store)
-    order, joined = get(counting, "a task that counts the rows to score", prepared.config)
+    order, joined = answer_of(counting, "a task that counts the rows to score", prepared.config)
     say(f"reference: {len(order)} rows, {joined} of them known")
     require_placeable(prepared.config, joined < len(order), needs_data=False)
     progress, said = ReferenceProgress(), time.monotonic()

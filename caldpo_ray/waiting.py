@@ -12,7 +12,8 @@ from itertools import chain, islice, repeat
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from caldpo_ray.errors import RunError
+from caldpo_ray.config import Config
+from caldpo_ray.errors import RunError, find_error
 
 Item = TypeVar("Item")
 FEED_SECONDS = 60.0  # for an answer that takes the feed no time
@@ -39,6 +40,14 @@ def wait_for(reference: Any, what: str, seconds: float, news: Callable[[], Any] 
             before, known = known, news()
             if before == known:
                 raise overdue(what, seconds) from None
+
+
+def answer_of(reference: Any, what: str, config: Config, news: Callable[[], Any] = lambda: None) -> Any:
+    """`wait_for` as long as the config says, and what a task failed with as our own error."""
+    try:
+        return wait_for(reference, what, config.train.wait_timeout_seconds, news)
+    except Exception as error:
+        raise find_error(error) or error from None
 
 
 def overdue(what: str, seconds: float) -> RunError:

@@ -55,6 +55,9 @@ def test_the_store_is_built_listed_verified_and_removed(config: Path, capsys: py
     assert "complete in" in built
     again = run(capsys, "reference", "build", str(config))
     assert ", 0 scored of" in again
+    planned = run(capsys, "plan", str(config))
+    assert "policy workers alone: the store knows every response looked at" in planned
+    assert "reference actor," not in planned
     key = run(capsys, "reference", "list", "--store", store).split()[0]
     verified = run(capsys, "reference", "verify", str(config))
     assert f"reference {key}: checksums good" in verified and "responses scored again" in verified

@@ -89,6 +89,7 @@ LAYERS = [
     {"data", "reference", "feed", "training", "sampling"},
     {
         "placement",
+        "unscored",
         "node_check",
         "held_out",
         "pair_analysis",
