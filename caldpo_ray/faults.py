@@ -65,8 +65,7 @@ def within_memory(rows: Sequence[Row], run: RunDir, asked: int, tokens: int) -> 
                 f"row {rows[0].row_id} alone does not fit into memory ({last_line(error)}); lower data.max_length, set"
                 " model.gradient_checkpointing or train.deepspeed.zero_stage=3, or take more workers"
             ) from error
-        run.require_held()
-        run.remember_micro_batch_tokens(asked, half := max(1, tokens // 2))
+        half = run.halve_micro_batches(asked, tokens)
         raise OutOfMemory(
             f"no memory for a micro-batch of {len(rows)} rows; train.micro_batch_tokens goes from {tokens} to {half}, which changes"
             " no global batch"

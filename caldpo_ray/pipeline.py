@@ -291,6 +291,7 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
         room=partial(room_for_workers, config, scores and side_by_side),
         placement_seconds=config.train.placement_timeout_seconds,
         wait_seconds=config.train.wait_timeout_seconds,
+        on_full_memory=partial(run.halve_micro_batches, config.train.micro_batch_tokens),
         train_loop_config=worker_settings(prepared, feed),
         scaling_config=scaling(config),
         run_config=run_config(config.train, ray_train_storage(run.path), ranked),

@@ -15,7 +15,7 @@ from ray.train.v2._internal.constants import (
     DEFAULT_WORKER_GROUP_START_TIMEOUT_S,
     WORKER_GROUP_START_TIMEOUT_S_ENV_VAR,
 )
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import (
@@ -44,11 +44,13 @@ ANSWER_SECONDS = 5.0
 
 
 class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
-    """Ray Train's, but what no restart is counted for, and workers are not waited for without an end."""
+    """Ray Train's, but for what no restart is counted, workers are not waited for without an end, and one that Ray killed for
+    the memory of its node is followed by a group that takes less.
+    """
 
-    def __init__(self, failures: FailureConfig, placement_seconds: float) -> None:
+    def __init__(self, failures: FailureConfig, placement_seconds: float, on_full_memory: Callable[[], Any]) -> None:
         super().__init__(failures)
-        self._placement_seconds = placement_seconds
+        self._placement_seconds, self._on_full_memory = placement_seconds, on_full_memory
         self._waits_since: float | None = None
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -61,12 +63,24 @@ class Restarts(DefaultFailurePolicy):  # type: ignore[misc]
         self._waits_since = None
         if _is_no_failure(training_failed_error):
             return FailureDecision.RETRY
+        if _was_killed_for_memory(training_failed_error):
+            self._on_full_memory()
         return super().make_decision(training_failed_error)  # type: ignore[no-any-return]
 
 
 def _is_no_failure(error: Exception) -> bool:
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
-    return any(isinstance(failure, (Left, OutOfMemory)) for failure in failures)
+    return any(isinstance(failure, (Left, OutOfMemory)) for failure in _failures(error))
+
+
+def _was_killed_for_memory(error: Exception) -> bool:
+    """Whether Ray's memory monitor killed a worker. It counts as a failure: others on the node may be what takes the memory."""
+    reasons = [each.health_check_failure for each in _failures(error) if isinstance(each, WorkerHealthCheckFailedError)]
+    return any(isinstance(reason, ray.exceptions.OutOfMemoryError) for reason in reasons)
+
+
+def _failures(error: Exception) -> list[Exception]:
+    """Of the workers, one each."""
+    return list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
 
 
 def never_started(error: Exception) -> bool:

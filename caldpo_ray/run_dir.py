@@ -156,9 +156,12 @@ class RunDir:
         found = read_json(self.memory, "delete it", "asked", "tokens")
         return int(found["tokens"]) if found["asked"] == asked else asked
 
-    def remember_micro_batch_tokens(self, asked: int, tokens: int) -> None:
-        """Holds until the option changes."""
-        write_atomically(self.memory, json.dumps({"asked": asked, "tokens": tokens}))
+    def halve_micro_batches(self, asked: int, tokens: int | None = None) -> int:
+        """What the next group of workers has instead of `tokens`, or of what holds now; until `asked`, the option, changes."""
+        self.require_held()
+        half = max(1, (tokens or self.micro_batch_tokens(asked)) // 2)
+        write_atomically(self.memory, json.dumps({"asked": asked, "tokens": half}))
+        return half
 
 
 def _read_claim(file: Path, *keys: str) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class PolicyTrainer(DataParallelTrainer):
 
     Through `feed` they are asked to leave. `controller` is a process that is there already and controls nothing else meanwhile (see
     `start_controller`). Workers are waited for `placement_seconds`, and one of them waits for the others `wait_seconds`; for how
-    many the cluster has `room`, but for some nodes, is asked where `scaling_config` allows for several numbers.
+    many the cluster has `room`, but for some nodes, is asked where `scaling_config` allows for several numbers. `on_full_memory` is
+    called, in the controller, before the group that follows one of which Ray killed a worker for its node's memory.
     """
 
     def __init__(
@@ -73,18 +74,21 @@ class PolicyTrainer(DataParallelTrainer):
         room: Callable[[frozenset[str]], int],
         placement_seconds: float,
         wait_seconds: float,
+        on_full_memory: Callable[[], Any],
         **options: Any,
     ) -> None:
         super().__init__(train_loop_per_worker, backend_config=ProcessGroup(wait_seconds), **options)
         self._feed, self._controller = feed, controller
-        self._room, self._placement_seconds = room, placement_seconds
+        self._room, self._placement_seconds, self._on_full_memory = room, placement_seconds, on_full_memory
 
     def _create_default_callbacks(self) -> list[Any]:
         used = [each for each in super()._create_default_callbacks() if not isinstance(each, UNUSED_CALLBACKS)]
         return [*used, AheadOfPreemption(partial(ask_to_move, self._feed))]
 
     def _initialize_and_run_controller(self, **of_the_run: Any) -> Any:
-        of_the_run["failure_policy"] = Restarts(self.run_config.failure_config, self._placement_seconds)
+        of_the_run["failure_policy"] = Restarts(
+            self.run_config.failure_config, self._placement_seconds, self._on_full_memory
+        )
         if self.scaling_config.elasticity_enabled:
             of_the_run["scaling_policy"] = Elastic(
                 self.scaling_config, self._room, partial(ask_to_move, self._feed), self._placement_seconds

@@ -123,3 +123,13 @@ def dies(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, at_o
         os._exit(1)
     log_ratios = policy_logps - reference_logps
     return -0.1 * (log_ratios[:, 0] - log_ratios[:, 1])
+
+
+def hungry(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor, *, beta: float = 0.1) -> Tensor:
+    """Cal-DPO. More than 12 rows take all the memory there is, until somebody ends that."""
+    taken = []
+    while len(policy_logps) > 12 and len(taken) < 80:
+        taken.append(torch.ones(2**25))
+        threading.Event().wait(0.05)
+    assert not taken, "nobody minds that 10 GiB are taken"
+    return get_objective("cal_dpo", beta=beta)(policy_logps, reference_logps, lengths).losses

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from caldpo_ray.run_dir import RunDir, read_metrics
@@ -173,6 +174,43 @@ def _sleep(seconds: int) -> int:
 
     time.sleep(seconds)
     return seconds
+
+
+# On a cluster whose memory monitor kills before the machine is short of memory.
+SHORT_OF_MEMORY = """
+import sys
+
+import psutil
+import ray
+
+import caldpo_ray
+
+memory = psutil.virtual_memory()
+threshold = (memory.total - memory.available + 5 * 2**30) / memory.total
+settings = {"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100}
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _system_config=settings)
+caldpo_ray.train(*sys.argv[1:2], sys.argv[2:])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(psutil.virtual_memory().available < 14 * 2**30, reason="takes 10 GiB of memory")
+def test_a_worker_that_ray_killed_for_its_memory_is_followed_by_smaller_micro_batches(
+    baseline_config: Path, baseline: RunDir, tmp_path: Path
+) -> None:
+    """And by the same global batches."""
+    config = Path(shutil.copy(baseline_config, tmp_path))
+    config.write_text(config.read_text().replace("name: cal_dpo", "name: tests.ray.objectives:hungry"))
+    overrides = ["run.name=hungry", "train.micro_batch_tokens=1024", "train.max_failures=4"]
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, str(config), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    run = Run(baseline.path.parent / "hungry")
+    found = json.loads((run.path / "memory.json").read_text())
+    assert found["asked"] == 1024 and found["tokens"] < 1024
+    assert f"train.micro_batch_tokens = {found['tokens']}: 1024 did not fit into memory before" in said
+    assert_learned_alike(run, baseline)
 
 
 # A driver, of ours or not, with a placement group that Ray keeps when it is killed: there its maker lives on, whereas Ray loses

@@ -1,13 +1,21 @@
 """What workers do about bad numbers and full memory, in one process; `tests/ray/test_faults.py` has whole runs."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from caldpo_ray import faults
@@ -67,12 +75,42 @@ def failed(error: Exception) -> WorkerGroupError:
     return WorkerGroupPollStatus({1: WorkerStatus(running=False, error=wrapped)}).get_worker_group_error()
 
 
+def restarts_of(
+    max_failures: int, placement_seconds: float = 120.0, on_full_memory: Callable[[], Any] = lambda: None
+) -> Restarts:
+    return Restarts(FailureConfig(max_failures=max_failures), placement_seconds, on_full_memory)
+
+
 def test_restarts_for_lack_of_memory_and_on_request_are_not_counted() -> None:
-    restarts = Restarts(FailureConfig(max_failures=1), placement_seconds=120)
+    restarts = restarts_of(1)
     memory, other = failed(OutOfMemory("no memory")), failed(torch.OutOfMemoryError("somewhere else"))
     left = failed(Left("after step 3"))
     decisions = [restarts.make_decision(error).value for error in (memory, left, memory, other, left, memory, other)]
     assert decisions == ["RETRY"] * 6 + ["RAISE"]
+
+
+def test_a_worker_killed_for_its_memory_is_a_failure_and_makes_micro_batches_smaller(tmp_path: Path) -> None:
+    """Unless one that found no memory itself did that already, or somebody else killed it."""
+
+    def dead(why: Exception) -> WorkerStatus:
+        return WorkerStatus(running=False, error=WorkerHealthCheckFailedError("gone", why))
+
+    def of_group(*workers: WorkerStatus) -> WorkerGroupError:
+        return WorkerGroupPollStatus(dict(enumerate(workers))).get_worker_group_error()
+
+    run = RunDir(tmp_path)
+    restarts = restarts_of(3, on_full_memory=partial(run.halve_micro_batches, 1024))
+    alive, killed = WorkerStatus(running=True), dead(OutOfMemoryError("of the node"))
+    told = WorkerStatus(running=False, error=UserExceptionWithTraceback(OutOfMemory("no memory"), "Traceback ..."))
+    for group, tokens in [
+        ((alive, killed), 512),
+        ((killed, killed), 256),
+        ((told, killed), 256),
+        ((alive, dead(RayActorError())), 256),
+    ]:
+        assert restarts.make_decision(of_group(*group)).value == "RETRY"
+        assert run.micro_batch_tokens(1024) == tokens
+    assert restarts.make_decision(of_group(killed)).value == "RAISE", "three failures before"
 
 
 def test_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +118,8 @@ def test_workers_are_not_waited_for_without_an_end(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
     never = ControllerError(WorkerGroupStartupTimeoutError(2))
     assert never_started(never) and not never_started(failed(OutOfMemory("no memory")))
-    assert Restarts(FailureConfig(), placement_seconds=39).make_decision(never).value == "RAISE"
-    patient = Restarts(FailureConfig(), placement_seconds=90)
+    assert restarts_of(0, placement_seconds=39).make_decision(never).value == "RAISE"
+    patient = restarts_of(0, placement_seconds=90)
     assert [patient.make_decision(never).value for _ in range(3)] == ["RETRY"] * 3
 
 
