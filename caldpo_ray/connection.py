@@ -34,11 +34,12 @@ def connect(verbose: bool) -> None:
         try:
             with own_signals_kept():
                 _join_or_start(start)
+            removed = remove_groups_of_the_dead()
         except Exception as error:  # a node that is slow to start raises a plain Exception
             raise NotReady(refusal(error, os.environ.get("RAY_ADDRESS", "a local cluster"))) from None
-        if number := remove_groups_of_the_dead():
+        if removed:
             say(
-                f"Ray: removed {number} placement group(s) of caldpo_ray drivers that were killed; their room is free again"
+                f"Ray: removed {removed} placement group(s) of caldpo_ray drivers that were killed; their room is free again"
             )
     if not verbose:
         for name in ("ray", "ray.data", "ray.train", "ray.tune"):
