@@ -405,8 +405,9 @@ class Feed:
             import ray  # in the actor; the driver, which makes it, starts Ray when it must
 
             me = ray.get_runtime_context().current_actor
+            whole, needed = self._reference_order(0), self._reference_order(self._first_step)
             for numbers, logps in reference_logps(
-                self._job, self._folders, self._reference_order(), self._progress.reference, me
+                self._job, self._folders, whole, self._progress.reference, me, needed
             ):
                 self._logps[numbers] = logps
                 self._announce()
@@ -421,14 +422,14 @@ class Feed:
             )
             self._announce()
 
-    def _reference_order(self) -> Indices:
-        """Rows of one epoch from the first step on, those of earlier steps only as far as a later epoch needs them.
+    def _reference_order(self, first_step: int) -> Indices:
+        """Rows of one epoch from a step on, those of earlier steps only as far as a later epoch needs them.
 
         Held-out rows come where the first evaluation needs them.
         """
         schedule, train = self._schedules["train"], self._numbers["train"]
-        epoch, place = schedule.position(self._first_step)
-        needed = schedule.rows_consumed(schedule.num_steps) - schedule.rows_consumed(self._first_step)
+        epoch, place = schedule.position(first_step)
+        needed = schedule.rows_consumed(schedule.num_steps) - schedule.rows_consumed(first_step)
         order = train[np.roll(schedule.order(epoch), -place)[:needed]]
         every = self._config.train.eval_every
         before = len(order) if every is None else min(len(order), every * schedule.batch_size)

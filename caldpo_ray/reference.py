@@ -169,12 +169,19 @@ class _Writer:
 
 
 def reference_logps(
-    job: ReferenceJob, folders: list[str], order: Indices, progress: ReferenceProgress, feed: Any | None = None
+    job: ReferenceJob,
+    folders: list[str],
+    order: Indices,
+    progress: ReferenceProgress,
+    feed: Any | None = None,
+    needed: Indices | None = None,
 ) -> Iterator[tuple[Indices, Floats]]:
-    """Yield (numbers of distinct responses, log-probs in nats) until every row of `order` is answered.
+    """Yield (numbers of distinct responses, log-probs in nats) until every row `needed` is answered, in the order of need.
 
-    What the store holds comes first, all at once; the rest is scored in the order given by one dataset execution. A pool that
-    is loaded anyway re-scores a few stored rows. Raises RunError when they differ or a log-prob is not finite.
+    What the store holds comes first, all at once; the rest is scored by one dataset execution, in requests that are cut from
+    `order`, which holds those rows and is what is needed unless that is given: whoever comes back later, from another step on,
+    gets the same log-probs to the last bit. A pool that is loaded anyway re-scores a few stored rows. Raises RunError when they
+    differ or a log-prob is not finite.
     """
     rows = RowCache(folders)
     distinct = distinct_responses(rows.digests())
@@ -184,24 +191,22 @@ def reference_logps(
     if feed is not None:
         for told in progress.damaged:
             feed.note.remote(told)
-    wanted = distinct.of_response[rows.responses_of(order)]
-    progress.wanted = len(np.unique(wanted))
+    wanted = distinct.of_response[rows.responses_of(order if needed is None else needed)]
     hit = np.unique(wanted[~np.isnan(known[wanted])])
-    progress.joined = len(hit)
+    cut = _cut_requests(rows, distinct, order, wanted, known)
+    progress.joined, progress.wanted = len(hit), len(hit) + cut.num_responses
     if len(hit):
         yield hit, known[hit]
-    missing, complete = _rows_to_score(rows, distinct, order, known)
-    if not len(missing):
+    if not cut.requests:
         return
     writer = _Writer(job.store, distinct, rows.response_lengths(), progress)
     started = time.monotonic()
     try:
-        order = np.concatenate([complete[:NUM_PROBES], missing])
-        for responses, logps in _score(job, folders, order, feed, progress):
+        for responses, logps in _score(job, folders, cut.requests, feed, progress):
             numbers = distinct.of_response[responses]
             _check_answers(rows, writer.lengths, responses, logps, known[numbers], job)
-            new, at = np.unique(numbers[np.isnan(known[numbers])], return_index=True)
-            values = logps[np.isnan(known[numbers])][at]
+            here = cut.scored_as[numbers] == responses
+            new, values = numbers[here], logps[here]
             known[new] = values
             writer.add(new, values)
             progress.scored += len(new)
@@ -239,16 +244,45 @@ def _reference_logps_and_progress(
     yield np.empty(0, np.int64), np.empty(0, np.float32), progress
 
 
-def _rows_to_score(rows: RowCache, distinct: Distinct, order: Indices, known: Floats) -> tuple[Indices, Indices]:
-    """(rows that hold the first occurrence of an unknown response, rows that hold none), each in `order`."""
-    counts = rows.response_counts()[order]
-    numbers = distinct.of_response[rows.responses_of(order)]
+@dataclass(frozen=True)
+class _Cut:
+    """What the pool is asked: numbers of rows that run together, request by request, in the order of need.
+
+    A response that several rows have is scored with each, but `scored_as` [u] one of all: its flat number, -1 where known.
+    """
+
+    requests: list[Indices]
+    scored_as: Indices
+    num_responses: int
+
+
+def _cut_requests(rows: RowCache, distinct: Distinct, order: Indices, wanted: Indices, known: Floats) -> _Cut:
+    """Requests with all of the responses `wanted` that are not known, and a few probes of what is.
+
+    They follow from `order` and from what is known, not from what is wanted. As whole requests become known, the others stay as
+    they are: a killed run has its rows scored together with the same ones, wherever it goes on.
+    """
+    flat = rows.responses_of(order)
+    numbers = distinct.of_response[flat]
     unknown = np.flatnonzero(np.isnan(known[numbers]))
-    _, first = np.unique(numbers[unknown], return_index=True)
-    places = np.repeat(np.arange(len(order)), counts)[unknown[first]]
-    needed = np.zeros(len(order), bool)
-    needed[places] = True
-    return order[needed], order[~needed]
+    new, first = np.unique(numbers[unknown], return_index=True)
+    first = unknown[first]
+    scored_as = np.full(len(known), -1, np.int64)
+    scored_as[new] = flat[first]
+    places = np.repeat(np.arange(len(order)), rows.response_counts()[order])[first]
+    asked = np.zeros(len(order), bool)
+    asked[places] = True
+    request = np.full(len(known), -1, np.int64)
+    request[new] = ((np.cumsum(asked) - 1) // ROWS_PER_REQUEST)[places]
+    in_turn, first = np.unique(request[wanted[np.isnan(known[wanted])]], return_index=True)
+    assert (in_turn >= 0).all(), "a row is needed that `order` lacks"
+    missing, probes = order[asked], order[~asked][:NUM_PROBES]
+    requests = [
+        missing[number * ROWS_PER_REQUEST : (number + 1) * ROWS_PER_REQUEST] for number in in_turn[np.argsort(first)]
+    ]
+    if requests and len(probes):
+        requests.insert(0, probes)
+    return _Cut(requests, scored_as, int(np.isin(request[new], in_turn).sum()))
 
 
 def _check_answers(
@@ -279,17 +313,17 @@ def probe_tolerance(dtype: str, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np
 
 
 def _score(
-    job: ReferenceJob, folders: list[str], order: Indices, feed: Any | None, progress: ReferenceProgress
+    job: ReferenceJob, folders: list[str], requests: list[Indices], feed: Any | None, progress: ReferenceProgress
 ) -> Iterator[tuple[Indices, Floats]]:
-    """One Ray Data execution: row numbers in, through the actor pool, answers out."""
+    """One Ray Data execution: row numbers in, through the actor pool, answers out, (flat numbers of responses, log-probs)."""
     import ray.data
     from ray.util.annotations import RayDeprecationWarning
 
     quiet_data_context().execution_options.preserve_order = True
-    requests = [{"rows": order[start : start + ROWS_PER_REQUEST]} for start in range(0, len(order), ROWS_PER_REQUEST)]
+    items = [{"rows": numbers} for numbers in requests]
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
         # Of all sources only this one runs no task to look at its blocks, for which there might be no CPU left.
-        answers = ray.data.from_items(requests, override_num_blocks=min(len(requests), MOST_BLOCKS)).map_batches(
+        answers = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
             ReferenceScorer,
             fn_constructor_args=(job, folders, feed),
             batch_size=1,

@@ -194,11 +194,13 @@ def job(folder: Path, config: Config, key: str) -> ReferenceJob:
     return ReferenceJob(section, key, "float32", config.reference, store)
 
 
-def _answer(job: ReferenceJob, folders: list[str], order: Indices, *_: Any) -> Iterator[tuple[Indices, Floats]]:
-    """In place of the model: as many answers as one request has, of log-probs that follow from the response's number."""
+def _answer(
+    job: ReferenceJob, folders: list[str], requests: list[Indices], *_: Any
+) -> Iterator[tuple[Indices, Floats]]:
+    """In place of the model: log-probs that follow from the response's number."""
     rows = RowCache(folders)
-    for start in range(0, len(order), reference.ROWS_PER_REQUEST):
-        responses = rows.responses_of(order[start : start + reference.ROWS_PER_REQUEST])
+    for request in requests:
+        responses = rows.responses_of(request)
         yield responses, -(responses % 1000).astype(np.float32)
 
 

@@ -3,9 +3,9 @@
     .venv/bin/python -m tests.chaos.kills [--kills 200] [--seed 1] [--only KIND ...] [--folder KEPT] [--output FILE]
 
 Every run is `caldpo train` in a process of its own on one local Ray cluster of two CPUs. Who is killed, when, and what is damaged
-after the driver's death is drawn from the seed; what the victim was doing at that moment is up to the machine. A run with the
-reference store full loses policy workers, feed and driver (whoever kills the driver starts the same command again); a run without a
-store loses reference actors, policy workers and feed. Prints a table, writes JSON, and ends with code 1 where a run differs.
+after the driver's death is drawn from the seed; what the victim was doing at that moment is up to the machine. Whoever kills the
+driver starts the same command again. The reference store of a run is full, or its own and empty at first, or there is none; where
+it is full there is no reference actor to kill. Prints a table, writes JSON, and ends with code 1 where a run differs.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from tests.ray.runs import LiveRun, Run, live_actors, start, train, write_config
 # By kind, the class of the actor; the driver is a process of ours.
 ACTORS = {"policy worker": "RayTrainWorker", "reference actor": "ReferenceScorer", "feed": "Feed"}
 KINDS = (*ACTORS, "driver")
+STORES = ("full", "empty", "none")
 KILLS_PER_RUN = (4, 8)
 DAMAGED_SHARE = 0.3  # of the driver's deaths
 POLL_SECONDS = 0.02
@@ -62,6 +63,7 @@ class Done:
     """A kill that took place, in the run of this name, when its newest line of metrics was of `step`."""
 
     run: str
+    store: str
     kind: str
     moment: str
     step: int
@@ -125,10 +127,10 @@ DAMAGES = [f"{how} {where}" for how in DAMAGE for where in ("checkpoint", "list"
 # -- kills -----------------------------------------------------------------------------------------------------------
 
 
-def draw_blows(draw: random.Random, only: list[str]) -> tuple[bool, list[Blow]]:
-    """(whether the run has a full store, its kills in turn)."""
-    with_store = "reference actor" not in only or (set(only) != {"reference actor"} and draw.random() < 0.6)
-    kinds = [kind for kind in only if kind != ("reference actor" if with_store else "driver")]
+def draw_blows(draw: random.Random, only: list[str]) -> tuple[str, list[Blow]]:
+    """(what its reference store is like, its kills in turn) of a run."""
+    store = draw.choice([each for each in STORES if each != "full" or set(only) != {"reference actor"}])
+    kinds = [kind for kind in only if store != "full" or kind != "reference actor"]
     blows = []
     for _ in range(draw.randint(*KILLS_PER_RUN)):
         kind = draw.choice(kinds)
@@ -139,10 +141,12 @@ def draw_blows(draw: random.Random, only: list[str]) -> tuple[bool, list[Blow]]:
             moment, delay = "any", 3.0 * draw.random()  # of its life, which is short
         blows.append(Blow(kind, moment, draw.randint(1, 12), delay, harm))
     blows.sort(key=lambda blow: blow.kind != "reference actor")  # they end with the scoring
-    return with_store, blows
+    return store, blows
 
 
-def strike(run: LiveRun, blow: Blow, again: Callable[[], LiveRun], draw: random.Random) -> tuple[LiveRun, Done | None]:
+def strike(
+    run: LiveRun, blow: Blow, store: str, again: Callable[[], LiveRun], draw: random.Random
+) -> tuple[LiveRun, Done | None]:
     """Wait for the moment and kill. (the run, which is another process where it was the driver; None where it ended before)"""
     if blow.kind == "reference actor" and not _until(run, lambda: _pids(run, blow.kind)):
         return run, None
@@ -159,7 +163,7 @@ def strike(run: LiveRun, blow: Blow, again: Callable[[], LiveRun], draw: random.
         os.kill(draw.choice(found), signal.SIGKILL)
     except (IndexError, ProcessLookupError):  # it has just gone
         return run, None
-    done = Done(run.path.name, blow.kind, blow.moment, lines[-1]["step"] if lines else 0, None)
+    done = Done(run.path.name, store, blow.kind, blow.moment, lines[-1]["step"] if lines else 0, None)
     if blow.kind == "driver":
         if run.process.wait() != -signal.SIGKILL:  # it had just ended
             return run, None
@@ -214,16 +218,18 @@ def _on_the_way(run: Run) -> set[Path]:
 
 
 def disturb(
-    config: Path, name: str, overrides: list[str], blows: list[Blow], calm: Run, draw: random.Random
+    config: Path, name: str, store: str, blows: list[Blow], calm: Run, draw: random.Random
 ) -> tuple[list[Done], list[str]]:
     """One run with its kills: (those that took place, in what it differs from `calm`)."""
+    folder = calm.path.parent / f"{name}-store"
+    overrides = {"full": [], "empty": [f"reference.store={folder}"], "none": ["reference.store=null"]}[store]
 
     def again() -> LiveRun:
         return start(config, name, *overrides)
 
     run, done = again(), list[Done]()
     for blow in blows:
-        run, struck = strike(run, blow, again, draw)
+        run, struck = strike(run, blow, store, again, draw)
         done += [] if struck is None else [struck]
     try:
         output = run.finish(0, PATIENCE_SECONDS)
@@ -272,20 +278,22 @@ def suite(config: Path, calm: Run, kills: int, seed: int, only: list[str], say: 
     """Runs until so many processes were killed. `calm` is the run of this config that nobody disturbed; its store is full."""
     tally, started, draw = Tally(seed), time.monotonic(), random.Random(seed)
     while len(tally.kills) < kills:
-        with_store, blows = draw_blows(draw, only)
+        store, blows = draw_blows(draw, only)
         blows = blows[: kills - len(tally.kills)]
         name = f"chaos-{seed}-{tally.runs}"
-        overrides = [] if with_store else ["reference.store=null"]
-        done, wrong = disturb(config, name, overrides, blows, calm, draw)
+        done, wrong = disturb(config, name, store, blows, calm, draw)
         tally.runs += 1
         tally.kills += done
         tally.divergences += wrong
         tally.seconds = time.monotonic() - started
-        say(f"{len(tally.kills)} of {kills} kills, {tally.seconds:.0f} s: {name}: {_told(done) or 'nothing'}")
+        say(
+            f"{len(tally.kills)} of {kills} kills, {tally.seconds:.0f} s: {name}, store {store}: {_told(done) or 'nothing'}"
+        )
         for each in wrong:
             say(f"DIVERGED: {each}")
         if not wrong:
             shutil.rmtree(calm.path.parent / name)
+            shutil.rmtree(calm.path.parent / f"{name}-store", ignore_errors=True)
     return tally
 
 
@@ -295,6 +303,8 @@ def table(tally: Tally) -> str:
     lines += [f"{kind:20s}{count:6d}" for kind, count in Counter(each.kind for each in tally.kills).most_common()]
     moments = Counter(each.moment for each in tally.kills)
     harm = Counter(each.damage for each in tally.kills if each.damage)
+    stores = Counter(each.store for each in tally.kills)
+    lines.append(f"reference store: {', '.join(f'{name} {count}' for name, count in stores.most_common())}")
     lines.append(f"moments: {', '.join(f'{name} {count}' for name, count in moments.most_common())}")
     lines.append(f"damaged: {', '.join(f'{name} {count}' for name, count in harm.most_common()) or 'nothing'}")
     per_kill = tally.seconds / max(1, len(tally.kills))

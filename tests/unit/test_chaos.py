@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.chaos import soak
-from tests.chaos.kills import DAMAGES, KINDS, MOST_CHECKPOINTS, damage, differences, draw_blows
+from tests.chaos.kills import DAMAGES, KINDS, MOST_CHECKPOINTS, STORES, damage, differences, draw_blows
 from tests.chaos.soak import Look
 from tests.ray.runs import Run
 
@@ -78,10 +78,8 @@ def test_a_seed_says_who_dies_when() -> None:
     drawn = [draw_blows(random.Random(seed), list(KINDS)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     many = [draw_blows(random.Random(seed), list(KINDS)) for seed in range(200)]
-    for with_store, blows in many:
-        kinds = {blow.kind for blow in blows}
-        assert ("reference actor" in kinds) <= (not with_store) and ("driver" in kinds) <= with_store
-    assert {blow.kind for _, blows in many for blow in blows} == set(KINDS)
+    drawn_kinds = {store: {blow.kind for each, blows in many for blow in blows if each == store} for store in STORES}
+    assert drawn_kinds == {"full": set(KINDS) - {"reference actor"}, "empty": set(KINDS), "none": set(KINDS)}
     assert {blow.damage for _, blows in many for blow in blows} == {None, *DAMAGES}
 
 

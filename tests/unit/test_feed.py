@@ -204,7 +204,7 @@ def test_rows_of_steps_already_done_are_scored_again_only_for_a_later_epoch(
 ) -> None:
     """In batches of 8 of 21 rows; a resumed run starts with the rows of its next step."""
     settings = config(folder, f"train.epochs={epochs}", "data.shuffle=false")
-    order = Feed(settings, [folder], None, first_step)._reference_order().tolist()
+    order = Feed(settings, [folder], None)._reference_order(first_step).tolist()
     assert order[:13] == list(range(8, 21)) and sorted(order) == list(expected)
 
 

@@ -112,7 +112,8 @@ def test_an_answer_of_the_reference_does_not_read_the_index_of_all_rows(
         reads = 0
         rows = RowCache([folder])
 
-        def answers(job: ReferenceJob, folders: list[str], order: Indices, *_: object) -> object:
+        def answers(job: ReferenceJob, folders: list[str], requests: list[Indices], *_: object) -> object:
+            order = np.concatenate(requests)
             for start in range(0, len(order), size):
                 responses = rows.responses_of(order[start : start + size])
                 yield responses, -np.ones(len(responses), np.float32)
