@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 
-from caldpo_ray import resharding
-from caldpo_ray.checkpoint_list import DAMAGE, STATE_FILE, readable, seal_name
 from caldpo_ray.errors import DamagedCheckpoint, InputError, RunError
+from caldpo_ray.resilience import resharding
+from caldpo_ray.resilience.checkpoint_list import DAMAGE, STATE_FILE, readable, seal_name
 from caldpo_ray.storage import read_bytes
 
 TAG = "state"

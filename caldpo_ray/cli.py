@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from caldpo_ray.errors import InputError, RunError
-from caldpo_ray.interrupts import interrupts_answered
+from caldpo_ray.resilience.interrupts import interrupts_answered
 
 # The base of Typer's usage errors, which it exports under no name of its own.
 USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -61,7 +61,7 @@ def preview(
 
     from caldpo_ray.config import load_config
     from caldpo_ray.plan import find_rows, pinned, sample_rows
-    from caldpo_ray.preview import preview as render
+    from caldpo_ray.reading.preview import preview as render
 
     console, resolved = Console(soft_wrap=True), pinned(load_config(config, overrides or []))
     if row:
@@ -123,7 +123,7 @@ def evaluate(
 ) -> None:
     """Held-out metrics of a run or a model folder, written as eval.json."""
     from caldpo_ray.evaluation import evaluate as measure
-    from caldpo_ray.generation import Generations
+    from caldpo_ray.held_out.generation import Generations
 
     if generate is None and judge is not None:
         raise InputError(f"--judge {judge}: judges generated answers; give --generate N as well")
@@ -194,7 +194,7 @@ def reference_verify(
 @reference_app.command("list")
 def reference_list(store: Store = DEFAULT_STORE) -> None:
     """What the store holds: one line per reference."""
-    from caldpo_ray.progress import describe_bytes
+    from caldpo_ray.reporting.progress import describe_bytes
     from caldpo_ray.store import list_references
 
     found = list_references(store)
@@ -221,7 +221,7 @@ def cluster_check(
     ] = None,
 ) -> None:
     """Would `ray job submit` get through? Tells the cluster's nodes and labels, or what stands in the way."""
-    from caldpo_ray.access import DEFAULT_ADDRESS, look
+    from caldpo_ray.cluster.access import DEFAULT_ADDRESS, look
 
     for line in look(address or os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)):
         typer.echo(line)

@@ -22,13 +22,13 @@ from pydantic import (
     model_validator,
 )
 
-from caldpo_ray.dotted import flatten, get, given_twice, parse_overrides, put, put_default
 from caldpo_ray.errors import InputError
-from caldpo_ray.objective_parameters import SCHEMAS, ObjectiveParameters, parse_objective
-from caldpo_ray.options import ALIASES, NOT_ALIASES, Range, Section, explain, highest, lowest, one_rule, types_in
 from caldpo_ray.redaction import require_no_secret
-from caldpo_ray.sweep_options import SweepSection
-from caldpo_ray.yaml_text import read_yaml, write_yaml
+from caldpo_ray.settings.dotted import flatten, get, given_twice, parse_overrides, put, put_default
+from caldpo_ray.settings.objective_parameters import SCHEMAS, ObjectiveParameters, parse_objective
+from caldpo_ray.settings.options import ALIASES, NO_ALIAS, Range, Section, explain, highest, lowest, one_rule, types_in
+from caldpo_ray.settings.sweep_options import SweepSection
+from caldpo_ray.settings.yaml_text import read_yaml, write_yaml
 
 
 class Execution:
@@ -391,8 +391,8 @@ def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     mistakes = given_twice(given)
     values: dict[str, Any] = {}
     for key, value in [*given, *parse_overrides(overrides, mistakes)]:
-        if key in NOT_ALIASES:
-            mistakes.append(f"{key} = {value!r}: {NOT_ALIASES[key]}")
+        if key in NO_ALIAS:
+            mistakes.append(f"{key} = {value!r}: {NO_ALIAS[key]}")
         else:
             # An empty section is one with every option at its default.
             put(values, ALIASES.get(key, key), {} if value is None and key in SECTIONS else value)

@@ -25,16 +25,16 @@ import numpy.typing as npt
 
 from caldpo_ray.config import DataSection, ModelSection
 from caldpo_ray.errors import InputError, RunError, find_error, last_line, raise_told, tell, visible
-from caldpo_ray.formats import check_example, get_format, recognise
 from caldpo_ray.models import load_tokenizer
-from caldpo_ray.progress import quiet_data_context
+from caldpo_ray.reading.formats import check_example, get_format, recognise
+from caldpo_ray.reading.sources import SourceFile, iterate, list_sources
+from caldpo_ray.reporting.progress import quiet_data_context
+from caldpo_ray.resilience.waiting import each_within
 from caldpo_ray.rows import Part, read_manifest, write_manifest, write_part
 from caldpo_ray.schema import BadRow, RawRecord, Row
-from caldpo_ray.sources import SourceFile, iterate, list_sources
+from caldpo_ray.settings.user_code import what_happened
 from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
 from caldpo_ray.tokenization import row_id, tokenise
-from caldpo_ray.user_code import what_happened
-from caldpo_ray.waiting import each_within
 
 VERSION = 3  # of what rows become: raised where the same files give other rows, or their cache another form
 ROWS_PER_PART = 1024

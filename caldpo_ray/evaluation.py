@@ -19,30 +19,30 @@ import numpy as np
 import torch
 
 from caldpo_ray.batching import Indices
+from caldpo_ray.cluster.connection import connect
+from caldpo_ray.cluster.placement import require_placeable
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.connection import connect
 from caldpo_ray.data import build_rows
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.export import read_model_manifest
 from caldpo_ray.feed import split_rows
-from caldpo_ray.generation import GenerationJob, Generations, Speaker, compare
-from caldpo_ray.held_out import GENERATED, HeldOut, describe, table, write_scores
-from caldpo_ray.judging import Judge, open_judge
+from caldpo_ray.held_out.generation import GenerationJob, Generations, Speaker, compare
+from caldpo_ray.held_out.held_out_rows import GENERATED, HeldOut, describe, table, write_scores
+from caldpo_ray.held_out.judging import Judge, open_judge
+from caldpo_ray.held_out.pair_analysis import FINDINGS, analyse, audit, count_findings, pair_table
 from caldpo_ray.models import WEIGHT_PATTERNS, ResolvedModel, holds_model, resolve_model, tell_of_code
-from caldpo_ray.objective_parameters import ObjectiveParameters, parse_objective
 from caldpo_ray.objectives import Objective, get_objective
-from caldpo_ray.pair_analysis import FINDINGS, analyse, audit, count_findings, pair_table
-from caldpo_ray.placement import require_placeable
-from caldpo_ray.progress import say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps_for_driver, reference_model
+from caldpo_ray.reporting.progress import say
+from caldpo_ray.resilience.waiting import wait_for
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.schema import Floats
+from caldpo_ray.settings.objective_parameters import ObjectiveParameters, parse_objective
+from caldpo_ray.settings.yaml_text import write_yaml
 from caldpo_ray.storage import local_copy, open_path, probe_write, reaching, write_atomically
 from caldpo_ray.store import ReferenceStore, distinct_responses, store_key
-from caldpo_ray.waiting import wait_for
 from caldpo_ray.world import is_world
-from caldpo_ray.yaml_text import write_yaml
 
 
 def evaluate(
@@ -412,7 +412,7 @@ def _start_sampling(policy: ResolvedModel, frozen: ResolvedModel | None, num_sam
 
 
 def _sample(policy: str, reference: str | None, num_samples: int, seed: int) -> dict[str, float]:
-    from caldpo_ray.sampling import sample_world
+    from caldpo_ray.held_out.sampling import sample_world
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return sample_world(policy, reference, num_samples=num_samples, seed=seed)

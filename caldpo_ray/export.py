@@ -12,7 +12,7 @@ from typing import Any
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.models import ResolvedModel, holds_model, resolve_model, tell_of_code
-from caldpo_ray.progress import say
+from caldpo_ray.reporting.progress import say
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import (
     is_remote,

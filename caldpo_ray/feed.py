@@ -20,13 +20,13 @@ import numpy as np
 from caldpo_ray.batching import Indices, MicroBatchPlan, Schedule, Sizes, plan_rows
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError, raise_told
-from caldpo_ray.leaving import Leave, Requests
-from caldpo_ray.progress import Place
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
+from caldpo_ray.reporting.progress import Place
+from caldpo_ray.resilience.leaving import Leave, Requests
+from caldpo_ray.resilience.waiting import wait_for
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats, Layout, Row
 from caldpo_ray.store import distinct_responses
-from caldpo_ray.waiting import wait_for
 
 SplitName = Literal["train", "eval", "report"]
 EVAL_BATCH_ROWS = 256

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from caldpo_ray.attention import num_token_pairs
+from caldpo_ray.compute.attention import num_token_pairs
 from caldpo_ray.schema import Row, Tokens
 
 PROMPT, PADDING = 0, -1  # segment ids; responses are 1..k

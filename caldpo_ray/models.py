@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from caldpo_ray.compute.imports import large_imports
 from caldpo_ray.config import LoraSection, ModelSection
 from caldpo_ray.errors import InputError, NotReady, RunError, last_line
-from caldpo_ray.imports import large_imports
-from caldpo_ray.progress import say
+from caldpo_ray.reporting.progress import say
 from caldpo_ray.storage import (
     file_facts,
     is_complete,

@@ -11,24 +11,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.checkpoint_list import leave_out_newest, mend_list, newest_step, remove_unlisted, require_finished
+from caldpo_ray.cluster.connection import connect
+from caldpo_ray.cluster.node_check import require_alike
+from caldpo_ray.cluster.placement import (
+    not_placed,
+    room_for_workers,
+    room_to_prepare,
+    room_to_train,
+    scaling,
+    this_node,
+)
+from caldpo_ray.compute.imports import large_imports
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.connection import connect
 from caldpo_ray.data import READ_CPUS, TOKENISE_CPUS, RowCacheFacts, build_rows, write_run_quarantine
-from caldpo_ray.deepspeed_config import deepspeed_config, read_raw
 from caldpo_ray.errors import DamagedCheckpoint, InputError, NotReady, RunError, find_error, last_line
 from caldpo_ray.export import write_model_manifest
 from caldpo_ray.feed import Feed, Progress, count_split, schedules
-from caldpo_ray.imports import large_imports
-from caldpo_ray.input_stamp import input_stamp
-from caldpo_ray.leaving import Ended
-from caldpo_ray.loggers import require_installed
-from caldpo_ray.model_card import write_model_card
 from caldpo_ray.models import ResolvedModel, holds_model, recall_model, resolve_model, tell_of_code
-from caldpo_ray.node_check import require_alike
-from caldpo_ray.placement import not_placed, room_for_workers, room_to_prepare, room_to_train, scaling, this_node
-from caldpo_ray.progress import Place, Watcher, describe_metrics, say
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_model
+from caldpo_ray.reporting.loggers import require_installed
+from caldpo_ray.reporting.model_card import write_model_card
+from caldpo_ray.reporting.progress import Place, Watcher, describe_metrics, say
+from caldpo_ray.resilience.checkpoint_list import (
+    leave_out_newest,
+    mend_list,
+    newest_step,
+    remove_unlisted,
+    require_finished,
+)
+from caldpo_ray.resilience.input_stamp import input_stamp
+from caldpo_ray.resilience.leaving import Ended
+from caldpo_ray.resilience.waiting import FEED_SECONDS, answer_of, wait_for
 from caldpo_ray.run_dir import (
     RunDir,
     changed_execution_keys,
@@ -38,6 +51,8 @@ from caldpo_ray.run_dir import (
     read_metrics,
     require_lasting_folders,
 )
+from caldpo_ray.settings.deepspeed_config import deepspeed_config, read_raw
+from caldpo_ray.settings.user_code import require_objective
 from caldpo_ray.storage import (
     full_disk_told,
     is_complete,
@@ -47,8 +62,6 @@ from caldpo_ray.storage import (
     write_atomically,
 )
 from caldpo_ray.store import ReferenceStore, store_key
-from caldpo_ray.user_code import require_objective
-from caldpo_ray.waiting import FEED_SECONDS, answer_of, wait_for
 
 
 @dataclass(frozen=True)
@@ -262,7 +275,7 @@ def fit(
 def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextManager[Any]], controller: Any) -> None:
     import ray
 
-    from caldpo_ray.trainer import PolicyTrainer, run_config
+    from caldpo_ray.cluster.trainer import PolicyTrainer, run_config
 
     config, run = prepared.config, prepared.run
     room: AbstractContextManager[Any] = nullcontext((prepared.job is not None, prepared.side_by_side))
@@ -317,7 +330,7 @@ def _fit(prepared: Prepared, watch: Callable[[Any, Path, int], AbstractContextMa
 
 def _why_stopped(error: Exception, progress: Progress, config: Config) -> Exception:
     """What to tell of the error that Ray Train ended with. Raises what a worker or the feed has told already."""
-    from caldpo_ray.regroup import never_started
+    from caldpo_ray.resilience.regroup import never_started
 
     progress.raise_failure()
     if never_started(error):

@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 
 from caldpo_ray.batching import Schedule
-from caldpo_ray.config import Config
-from caldpo_ray.connection import connect
-from caldpo_ray.data import make_row
-from caldpo_ray.deepspeed_config import deepspeed_config, zero_stage
-from caldpo_ray.errors import InputError
-from caldpo_ray.loggers import require_installed
-from caldpo_ray.models import load_tokenizer, pinned_revision, recall_model, tell_of_code
-from caldpo_ray.placement import (
+from caldpo_ray.cluster.connection import connect
+from caldpo_ray.cluster.placement import (
     Bundle,
     Node,
     assign,
@@ -28,14 +22,20 @@ from caldpo_ray.placement import (
     require_placeable,
     unplaced,
 )
-from caldpo_ray.progress import describe_bytes
+from caldpo_ray.config import Config
+from caldpo_ray.data import make_row
+from caldpo_ray.errors import InputError
+from caldpo_ray.models import load_tokenizer, pinned_revision, recall_model, tell_of_code
+from caldpo_ray.reading.sources import SourceFile, iterate, list_sources
+from caldpo_ray.reporting.loggers import require_installed
+from caldpo_ray.reporting.progress import describe_bytes
 from caldpo_ray.run_dir import RunDir, require_lasting_folders
 from caldpo_ray.schema import BadRow, Floats, RawRecord, Row
-from caldpo_ray.sources import SourceFile, iterate, list_sources
+from caldpo_ray.settings.deepspeed_config import deepspeed_config, zero_stage
+from caldpo_ray.settings.user_code import require_objective
 from caldpo_ray.storage import open_path
 from caldpo_ray.store import ReferenceStore, join, store_key
 from caldpo_ray.tokenization import check_tokenizer, response_digest, row_id
-from caldpo_ray.user_code import require_objective
 
 SAMPLE_ROWS = 256
 COUNTED_BYTES = 2**25  # of files whose rows are counted: a second's work
@@ -160,7 +160,7 @@ def plan(config: Config, verbose: bool = False, measured: bool = False, device: 
     yield from _store_lines(config, sample, known, num_rows, num_held_out)
     yield from _memory_lines(config)
     if device is not None:
-        from caldpo_ray.paper import paper_lines
+        from caldpo_ray.cluster.paper import paper_lines
 
         yield from paper_lines(config, device, [row for row, _ in sample.rows], num_rows)
         return
@@ -176,8 +176,8 @@ def _count_trials(config: Config) -> int:
     """Of a sweep, whose points are all looked at; 0 where the config describes none."""
     if not config.sweep.objectives:
         return 0
-    from caldpo_ray.sweep_dir import SweepDir
-    from caldpo_ray.sweep_plan import make_plan
+    from caldpo_ray.tuning.sweep_dir import SweepDir
+    from caldpo_ray.tuning.sweep_plan import make_plan
 
     return make_plan(config, SweepDir(open_path(config.run_dir))).num_trials
 
@@ -298,7 +298,7 @@ def _reachable_lines(config: Config, chosen_logps: Floats) -> Iterator[str]:
 
 def _memory_lines(config: Config) -> Iterator[str]:
     """Weights, gradients and optimiser state per worker at every stage, and what a micro-batch takes on top."""
-    from caldpo_ray.footprint import STAGES, footprint
+    from caldpo_ray.compute.footprint import STAGES, footprint
 
     found, train, stage = footprint(config), config.train, zero_stage(config)
     yield (
@@ -363,7 +363,7 @@ def describe_places(assigned: list[tuple[Bundle, Node | None]]) -> Iterator[str]
 
 
 def _measured_lines(config: Config, sample: Sample, num_rows: int | None, num_trials: int) -> Iterator[str]:
-    from caldpo_ray.timing import actors_needed, measure, run_cost
+    from caldpo_ray.cluster.timing import actors_needed, measure, run_cost
 
     policy, reference = measure(config, [row for row, _ in sample.rows])
     yield (

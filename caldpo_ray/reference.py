@@ -14,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from caldpo_ray.batching import Indices, head_chunk_positions, plan_rows, sizes_of
+from caldpo_ray.compute.imports import large_imports
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import InputError, RunError, raise_told, tell
-from caldpo_ray.imports import large_imports
-from caldpo_ray.options import highest, lowest
-from caldpo_ray.progress import quiet_data_context, say, this_place
+from caldpo_ray.reporting.progress import quiet_data_context, say, this_place
+from caldpo_ray.resilience.waiting import each_within
 from caldpo_ray.rows import RowCache
 from caldpo_ray.schema import Floats
+from caldpo_ray.settings.options import highest, lowest
 from caldpo_ray.store import Distinct, ReferenceStore, distinct_responses, join
-from caldpo_ray.waiting import each_within
 
 ROWS_PER_REQUEST = 64
 MOST_BLOCKS = 2000  # of requests, in one execution: each is an object of Ray

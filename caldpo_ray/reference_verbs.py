@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from caldpo_ray.cluster.connection import connect
+from caldpo_ray.cluster.placement import require_placeable
+from caldpo_ray.cluster.unscored import has_unknown_rows
 from caldpo_ray.config import Config
-from caldpo_ray.connection import connect
 from caldpo_ray.errors import InputError, RunError, find_error, last_line
 from caldpo_ray.pipeline import Prepared, prepare
-from caldpo_ray.placement import require_placeable
-from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, probe_tolerance, reference_logps_for_driver
+from caldpo_ray.reporting.progress import PLAIN_SECONDS, say
 from caldpo_ray.rows import RowCache
 from caldpo_ray.run_dir import RunDir, require_lasting_folders, require_writable
 from caldpo_ray.storage import open_path
 from caldpo_ray.store import distinct_responses, join
-from caldpo_ray.unscored import has_unknown_rows
 
 
 def build_reference(config: Config, verbose: bool = False) -> None:

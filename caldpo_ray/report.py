@@ -10,15 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray import report_page as page
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.drawing import Picture
 from caldpo_ray.errors import InputError, NotReady, last_line
-from caldpo_ray.progress import say
+from caldpo_ray.reporting import report_page as page
+from caldpo_ray.reporting.drawing import Picture
+from caldpo_ray.reporting.progress import say
+from caldpo_ray.reporting.run_figures import RunFacts, draw_run
+from caldpo_ray.reporting.sweep_figures import SweepFacts, Trial, draw_sweep
 from caldpo_ray.run_dir import RunDir, read_metrics
-from caldpo_ray.run_figures import RunFacts, draw_run
 from caldpo_ray.storage import make_folder, open_path, reaching, read_bytes, read_json, write_atomically
-from caldpo_ray.sweep_figures import SweepFacts, Trial, draw_sweep
 
 MEANINGS = {
     "loss": "mean loss of a row; not comparable between objectives",

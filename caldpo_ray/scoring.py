@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from caldpo_ray.attention import packed_attention, packed_mask
-from caldpo_ray.bfloat16 import multiplies_in_float32, multiply_in_float32
+from caldpo_ray.compute.attention import packed_attention, packed_mask
+from caldpo_ray.compute.bfloat16 import multiplies_in_float32, multiply_in_float32
 from caldpo_ray.errors import InputError
 from caldpo_ray.logprobs import (
     TokenBatch,

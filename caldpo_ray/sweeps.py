@@ -11,25 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.comparison import best_points
+from caldpo_ray.cluster.connection import connect
+from caldpo_ray.cluster.node_check import require_shared_store
+from caldpo_ray.cluster.placement import live_nodes, require_placeable
+from caldpo_ray.cluster.unscored import rows_to_score
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.connection import connect
 from caldpo_ray.data import READ_CPUS
 from caldpo_ray.errors import InputError, find_error
 from caldpo_ray.feed import count_halves, schedules
-from caldpo_ray.node_check import require_shared_store
-from caldpo_ray.objective_parameters import parse_objective
 from caldpo_ray.pipeline import Prepared, attempt, prepare, refuse_what_failed_before
-from caldpo_ray.placement import live_nodes, require_placeable
-from caldpo_ray.progress import PLAIN_SECONDS, say
 from caldpo_ray.reference import ReferenceProgress, reference_logps_for_driver
+from caldpo_ray.reporting.progress import PLAIN_SECONDS, say
+from caldpo_ray.resilience.waiting import answer_of
 from caldpo_ray.run_dir import RunDir, require_lasting_folders
+from caldpo_ray.settings.objective_parameters import parse_objective
 from caldpo_ray.storage import full_disk_told, open_path
-from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial, collect, open_sweep_dir
-from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
-from caldpo_ray.sweep_results import conclude
-from caldpo_ray.unscored import rows_to_score
-from caldpo_ray.waiting import answer_of
+from caldpo_ray.tuning.comparison import best_points
+from caldpo_ray.tuning.sweep_dir import ReferenceCost, SweepDir, Trial, collect, open_sweep_dir
+from caldpo_ray.tuning.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
+from caldpo_ray.tuning.sweep_results import conclude
 
 
 def sweep(config: Config | str | Path, overrides: Sequence[str] = (), verbose: bool = False) -> SweepDir:
@@ -90,9 +90,9 @@ def _all_trials(plan: Plan, home: SweepDir) -> list[Trial]:
 
 
 def _run(plan: Plan, home: SweepDir) -> None:
-    from caldpo_ray.sweep_run import run_trials  # imports Ray Tune
-    from caldpo_ray.sweep_search import Listed, make_scheduler
-    from caldpo_ray.sweep_trial import Shared
+    from caldpo_ray.tuning.sweep_run import run_trials  # imports Ray Tune
+    from caldpo_ray.tuning.sweep_search import Listed, make_scheduler
+    from caldpo_ray.tuning.sweep_trial import Shared
 
     require_room(plan.config)  # refused, if so, before anything is read or scored
     prepared = _prepare_once(plan, home)
@@ -123,7 +123,7 @@ def _finished(plan: Plan, home: SweepDir) -> list[Trial]:
 
 def _sources(plan: Plan, home: SweepDir, finished: Sequence[Trial]) -> dict[str, Any]:
     """Where each objective's trials come from, without those that are done."""
-    from caldpo_ray.sweep_search import Listed, Tpe
+    from caldpo_ray.tuning.sweep_search import Listed, Tpe
 
     if plan.config.sweep.searcher != "optuna":
         first = plan.first_trials()

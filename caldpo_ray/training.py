@@ -21,30 +21,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caldpo_ray import checkpoint, metrics
-from caldpo_ray.alarms import Alarms
 from caldpo_ray.batching import Schedule, head_chunk_positions
 from caldpo_ray.checkpoint import TrainerState
-from caldpo_ray.checkpoint_list import improves, scores
+from caldpo_ray.compute.engine import build_engine, set_up_process, spoil_step, sum_over_ranks, take_step
+from caldpo_ray.compute.flops import forward_cost, peak_flops_of_workers
+from caldpo_ray.compute.optimizers import learning_rate
 from caldpo_ray.config import Config, ModelSection
-from caldpo_ray.engine import build_engine, set_up_process, spoil_step, sum_over_ranks, take_step
 from caldpo_ray.errors import Diverged, InputError, Left, RunError, find_error, tell
-from caldpo_ray.faults import leave_out, of_all_ranks, rows_not_finite, tell_failure, within_memory
 from caldpo_ray.feed import MicroBatch, Request, Share, ShareQueue, SplitName, schedules, steps_per_call
-from caldpo_ray.flops import forward_cost, peak_flops_of_workers
-from caldpo_ray.leaving import Ended, Leave, Listener
-from caldpo_ray.loggers import Logger, open_loggers, scalars
 from caldpo_ray.models import save_tokenizer
 from caldpo_ray.objectives import Objective, get_objective
-from caldpo_ray.optimizers import learning_rate
-from caldpo_ray.progress import this_place
-from caldpo_ray.ray_metrics import RunMetrics
 from caldpo_ray.reference import probe_tolerance
+from caldpo_ray.reporting.loggers import Logger, open_loggers, scalars
+from caldpo_ray.reporting.progress import this_place
+from caldpo_ray.reporting.ray_metrics import RunMetrics
+from caldpo_ray.reporting.run_log import log_of_rank
+from caldpo_ray.resilience.alarms import Alarms
+from caldpo_ray.resilience.checkpoint_list import improves, scores
+from caldpo_ray.resilience.faults import leave_out, of_all_ranks, rows_not_finite, tell_failure, within_memory
+from caldpo_ray.resilience.leaving import Ended, Leave, Listener
+from caldpo_ray.resilience.uploads import Cadence, Uploads
+from caldpo_ray.resilience.waiting import DUMPED_AT, FEED_SECONDS, Watchdog, wait_for
 from caldpo_ray.run_dir import RunDir, append_metrics, truncate_metrics
-from caldpo_ray.run_log import log_of_rank
+from caldpo_ray.settings.sweep_options import broken_rule
 from caldpo_ray.storage import is_remote, make_folder, open_path, write_atomically
-from caldpo_ray.sweep_options import broken_rule
-from caldpo_ray.uploads import Cadence, Uploads
-from caldpo_ray.waiting import DUMPED_AT, FEED_SECONDS, Watchdog, wait_for
 
 HELD_SECONDS = 10.0  # between two looks at whether this attempt still holds the run directory
 

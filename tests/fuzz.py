@@ -19,9 +19,10 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(include=["caldpo_ray", "csv", "json"]):
-    from caldpo_ray import readers, yaml_text
     from caldpo_ray.errors import InputError, NotReady
-    from caldpo_ray.formats import FORMATS, check_example, recognise
+    from caldpo_ray.reading import readers
+    from caldpo_ray.reading.formats import FORMATS, check_example, recognise
+    from caldpo_ray.settings import yaml_text
 
 import pyarrow as pa
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import OutOfMemoryError, Tensor
 
 from caldpo_ray.errors import InputError, NotReady
-from caldpo_ray.user_code import what_happened
+from caldpo_ray.settings.user_code import what_happened
 
 
 def call_function(

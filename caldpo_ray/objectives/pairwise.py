@@ -3,7 +3,7 @@
 Every argument is a vector [pairs], and its name says what it holds: h_w, h_l log-ratios policy - reference, p_w, p_l
 policy log-probs (all sums over response tokens, in nats), n_w, n_l scored response tokens; w chosen, l rejected. A
 function asks for exactly the vectors it uses: one without h_* needs no reference. Parameters are keyword-only and
-have no defaults here (`caldpo_ray/objective_parameters.py` has them). The result is a dict of terms [pairs] that sum
+have no defaults here (`caldpo_ray/settings/objective_parameters.py` has them). The result is a dict of terms [pairs] that sum
 to the loss, in the dtype of the input.
 """
 

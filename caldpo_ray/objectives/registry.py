@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caldpo_ray.objective_parameters import CustomObjective, parse_objective
 from caldpo_ray.objectives import pairwise, single
 from caldpo_ray.objectives.custom import call_function
 from caldpo_ray.objectives.pairs import all_pairs, first_responses
-from caldpo_ray.user_code import load_objective
+from caldpo_ray.settings.objective_parameters import CustomObjective, parse_objective
+from caldpo_ray.settings.user_code import load_objective
 
 # (policy_logps, reference_logps, lengths, columns) → terms [rows]
 RowTerms = Callable[[Tensor, Tensor | None, Tensor, Mapping[str, Tensor | None]], dict[str, Tensor]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from caldpo_ray.comparison import best_points, t_interval
+from caldpo_ray.tuning.comparison import best_points, t_interval
 
 Trial = Mapping[str, Any]
 METRIC = "rewards/accuracies"

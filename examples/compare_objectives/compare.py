@@ -18,7 +18,7 @@ from table import show
 
 from caldpo_ray import load_config, sweep, train
 from caldpo_ray.errors import InputError, RunError
-from caldpo_ray.progress import say
+from caldpo_ray.reporting.progress import say
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import write_atomically
 from caldpo_ray.world import create_world
@@ -58,8 +58,8 @@ def judge_all(runs: Sequence[RunDir], base: RunDir) -> list[dict[str, float]]:
 def _start(run: RunDir, base: RunDir) -> Any:
     import ray
 
-    from caldpo_ray.connection import connect
-    from caldpo_ray.sampling import sample_world
+    from caldpo_ray.cluster.connection import connect
+    from caldpo_ray.held_out.sampling import sample_world
 
     connect(verbose=False)
     return ray.remote(num_cpus=1)(sample_world).remote(str(run.model), str(base.model), num_samples=NUM_SAMPLES)

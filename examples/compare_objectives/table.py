@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from claims import ACCURACY, CHOSEN, KL, METRIC, REWARD, findings
 
-from caldpo_ray.comparison import best_points, standard_error
-from caldpo_ray.progress import say
-from caldpo_ray.search_space import describe_point
+from caldpo_ray.reporting.progress import say
+from caldpo_ray.tuning.comparison import best_points, standard_error
+from caldpo_ray.tuning.search_space import describe_point
 
 COLUMNS = {
     "accuracy": ACCURACY,

@@ -14,8 +14,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import iterate, list_sources
 
 SHAPE = {
     "vocab_size": 8192,

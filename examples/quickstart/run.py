@@ -21,7 +21,7 @@ from figure import draw
 from caldpo_ray import load_config, train
 from caldpo_ray.config import Config
 from caldpo_ray.errors import InputError, RunError
-from caldpo_ray.progress import say
+from caldpo_ray.reporting.progress import say
 from caldpo_ray.rows import write_atomically
 from caldpo_ray.run_dir import RunDir, read_metrics
 from caldpo_ray.store import list_references
@@ -94,8 +94,8 @@ def start_sampling(run: RunDir, reference: RunDir) -> Any:
         return None
     import ray  # here, so that a finished quickstart is shown again without waiting for these
 
-    from caldpo_ray.connection import connect
-    from caldpo_ray.sampling import sample_world
+    from caldpo_ray.cluster.connection import connect
+    from caldpo_ray.held_out.sampling import sample_world
 
     connect(verbose=False)
     return ray.remote(num_cpus=0.5)(sample_world).remote(str(run.model), str(reference.model))

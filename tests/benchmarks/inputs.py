@@ -11,10 +11,10 @@ import numpy as np
 
 from caldpo_ray.config import DataSection
 from caldpo_ray.data import make_row
-from caldpo_ray.formats import get_format, recognise
 from caldpo_ray.models import load_tokenizer, resolve_model
+from caldpo_ray.reading.formats import get_format, recognise
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.schema import BadRow, RawRecord, Row
-from caldpo_ray.sources import iterate, list_sources
 from caldpo_ray.world import PROMPTS, sample
 
 ROOT = Path(__file__).parents[2]

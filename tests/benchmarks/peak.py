@@ -2,8 +2,8 @@
 
 python -m tests.benchmarks.peak float32 [cuda]
 
-In bfloat16 on a CPU the better of torch's own product and one in float32 that is rounded (`caldpo_ray/bfloat16.py`). The small size
-comes first: without instructions for bfloat16 some CPUs would take minutes for the large one.
+In bfloat16 on a CPU the better of torch's own product and one in float32 that is rounded (`caldpo_ray/compute/bfloat16.py`). The
+small size comes first: without instructions for bfloat16 some CPUs would take minutes for the large one.
 """
 
 import sys

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from caldpo_ray.flops import ForwardCost
+from caldpo_ray.compute.flops import ForwardCost
 from caldpo_ray.schema import Row
 from tests.benchmarks.systems import TRL, TRL_LORA, TRL_PRECOMPUTED, Measured, System
 from tests.benchmarks.work import our_flops, trl_flops

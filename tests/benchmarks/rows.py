@@ -33,10 +33,10 @@ from caldpo_ray import data, feed, reference
 from caldpo_ray.batching import Indices
 from caldpo_ray.config import Config, ModelSection, load_config
 from caldpo_ray.feed import Feed, Request, ShareQueue, steps_per_call
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.reference import ReferenceJob, ReferenceProgress, reference_logps
 from caldpo_ray.rows import RowCache, write_part
 from caldpo_ray.schema import Floats
-from caldpo_ray.sources import iterate, list_sources
 from caldpo_ray.store import ReferenceStore, distinct_responses, join
 from caldpo_ray.world import create_world
 

@@ -138,8 +138,8 @@ def all_runs(setting: Setting, repetitions: int, runs: Runs, first_peaks: list[f
 
 def costs_of(setting: Setting) -> tuple[dict[bool, Any], int]:
     """FLOPs of a forward pass, without and with LoRA, and the number of parameters."""
+    from caldpo_ray.compute.flops import forward_cost
     from caldpo_ray.config import LoraSection, ModelSection
-    from caldpo_ray.flops import forward_cost
     from caldpo_ray.models import add_lora, load_model
 
     model = load_model(ModelSection(name_or_path=str(setting.model)), setting.dtype)

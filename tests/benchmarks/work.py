@@ -1,11 +1,11 @@
-"""FLOPs per pair that each system's own algorithm executes, in the terms of `caldpo_ray.flops`; padding does not count."""
+"""FLOPs per pair that each system's own algorithm executes, in the terms of `caldpo_ray.compute.flops`; padding does not count."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from caldpo_ray.flops import ForwardCost
+from caldpo_ray.compute.flops import ForwardCost
 from caldpo_ray.logprobs import concatenated_batch, packed_batch
 from caldpo_ray.schema import Row
 

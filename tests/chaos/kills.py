@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from caldpo_ray.checkpoint_list import LIST_FILE
-from caldpo_ray.uploads import scratch_prefix
+from caldpo_ray.resilience.checkpoint_list import LIST_FILE
+from caldpo_ray.resilience.uploads import scratch_prefix
 from caldpo_ray.world import create_world
 from tests.ray.runs import LiveRun, Run, live_actors, start, train, write_config
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from caldpo_ray.access import look
+from caldpo_ray.cluster.access import look
 from caldpo_ray.errors import NotReady
 from tests.cluster.clusters import LocalCluster, free_port, local_cluster
 from tests.conftest import wait_until

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from caldpo_ray.cluster.placement import live_nodes
 from caldpo_ray.config import TrainSection
-from caldpo_ray.placement import live_nodes
 from tests.conftest import wait_until
 from tests.faults.conftest import NUM_STEPS, POLICY, Nodes, seconds_until_it_goes_on
 from tests.ray.runs import LiveRun, Run, assert_same, kill, pids, start, train, write_config

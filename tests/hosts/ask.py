@@ -13,9 +13,9 @@ from ray._raylet import GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from caldpo_ray.cluster.node_check import require_shared
+from caldpo_ray.cluster.placement import Node, live_nodes
 from caldpo_ray.errors import NotReady
-from caldpo_ray.node_check import require_shared
-from caldpo_ray.placement import Node, live_nodes
 
 
 class Busy:

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from caldpo_ray import metrics
 from caldpo_ray.batching import Indices, Schedule, plan_batch
+from caldpo_ray.compute.optimizers import learning_rate, make_optimizer
 from caldpo_ray.config import TrainSection
 from caldpo_ray.feed import MicroBatch
 from caldpo_ray.objectives import Objective, get_objective
-from caldpo_ray.optimizers import learning_rate, make_optimizer
 from caldpo_ray.schema import Example, Floats, Row
 from caldpo_ray.scoring import ResponseScorer, choose_layout, score_rows
 from caldpo_ray.tokenization import tokenise

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from caldpo_ray.compute.engine import build_engine
 from caldpo_ray.config import load_config
-from caldpo_ray.engine import build_engine
 from caldpo_ray.schema import Row
 
 

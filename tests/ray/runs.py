@@ -15,8 +15,8 @@ import yaml
 from safetensors.numpy import load_file
 
 import caldpo_ray
-from caldpo_ray.checkpoint_list import newest_step
 from caldpo_ray.errors import NotReady
+from caldpo_ray.resilience.checkpoint_list import newest_step
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import local_copy, open_path, read_bytes
 from tests.conftest import wait_until

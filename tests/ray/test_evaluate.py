@@ -13,9 +13,9 @@ import caldpo_ray
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.evaluation import evaluate
 from caldpo_ray.export import export
-from caldpo_ray.generation import ROLES, Generations
+from caldpo_ray.held_out.generation import ROLES, Generations
+from caldpo_ray.held_out.sampling import sample_world
 from caldpo_ray.run_dir import RunDir, read_metrics
-from caldpo_ray.sampling import sample_world
 from caldpo_ray.world import judge
 
 pytestmark = pytest.mark.ray

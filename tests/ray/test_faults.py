@@ -154,7 +154,7 @@ def test_a_wait_ends_unless_something_goes_on(cluster: str) -> None:
     import ray
 
     from caldpo_ray.errors import RunError
-    from caldpo_ray.waiting import wait_for
+    from caldpo_ray.resilience.waiting import wait_for
 
     sleeper = ray.remote(num_cpus=0)(_sleep)
     late = sleeper.remote(3600)
@@ -221,7 +221,7 @@ import sys
 import ray
 from ray.util import placement_group
 
-from caldpo_ray.connection import connect
+from caldpo_ray.cluster.connection import connect
 
 connect(verbose=False) if sys.argv[1] == "ours" else ray.init(log_to_driver=False, logging_level="ERROR")
 
@@ -237,7 +237,7 @@ keeper = ray.remote(num_cpus=0)(Keeper).options(name=sys.argv[2], namespace="kee
 print("keeps", ray.get(keeper.keep.remote()), flush=True)
 sys.stdin.read()
 """
-NEWCOMER = "from caldpo_ray.connection import connect; connect(verbose=False)"
+NEWCOMER = "from caldpo_ray.cluster.connection import connect; connect(verbose=False)"
 
 
 def test_what_ray_keeps_of_our_killed_drivers_is_removed_and_nothing_else(cluster: str) -> None:

@@ -10,12 +10,12 @@ from ray.util import placement_group_table
 from ray.util.metrics import Gauge
 
 import caldpo_ray
+from caldpo_ray.cluster.placement import keep, live_nodes
 from caldpo_ray.config import load_config
 from caldpo_ray.feed import Progress
 from caldpo_ray.pipeline import fit, prepare
-from caldpo_ray.placement import keep, live_nodes
-from caldpo_ray.progress import Watcher
 from caldpo_ray.reference import ReferenceProgress
+from caldpo_ray.reporting.progress import Watcher
 from caldpo_ray.run_dir import RunDir, open_run_dir
 from tests.conftest import wait_until
 

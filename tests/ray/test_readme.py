@@ -12,8 +12,8 @@ import torch
 from caldpo_ray.cli import main
 from caldpo_ray.config import load_config
 from caldpo_ray.objectives import get_objective
-from caldpo_ray.sweep_dir import SweepDir
-from caldpo_ray.sweep_plan import make_plan
+from caldpo_ray.tuning.sweep_dir import SweepDir
+from caldpo_ray.tuning.sweep_plan import make_plan
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]

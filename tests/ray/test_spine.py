@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from caldpo_ray.uploads import scratch_prefix
+from caldpo_ray.resilience.uploads import scratch_prefix
 from tests.chaos.kills import Blow, disturb
 from tests.conftest import wait_until
 from tests.ray.runs import Run, kill, pids, start, train, write_config

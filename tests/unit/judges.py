@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from caldpo_ray.judging import QUESTION
+from caldpo_ray.held_out.judging import QUESTION
 from tests.unit.test_sources_remote import serve
 
 Pairs = Sequence[tuple[str, str]]

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from caldpo_ray import checkpoint
 from caldpo_ray.checkpoint import TrainerState
+from caldpo_ray.compute.engine import build_engine, spoil_step, take_step
 from caldpo_ray.config import load_config
-from caldpo_ray.engine import build_engine, spoil_step, take_step
-from caldpo_ray.uploads import move_files
+from caldpo_ray.resilience.uploads import move_files
 from tests.unit.tiny_models import random_rows
 
 ROWS = random_rows(*[(4 + number % 3, 3, 5 + number % 2) for number in range(8)])

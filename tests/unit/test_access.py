@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from caldpo_ray.access import look, lost_cluster, refusal
 from caldpo_ray.cli import main
+from caldpo_ray.cluster.access import look, lost_cluster, refusal
 from caldpo_ray.errors import NotReady
 
 TOKEN = "a" * 40

@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from caldpo_ray.alarms import Alarms
+from caldpo_ray.resilience.alarms import Alarms
 
 
 def warnings(losses: Iterable[float], **others: Iterable[float]) -> list[str]:

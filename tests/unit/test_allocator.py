@@ -6,7 +6,7 @@ import pytest
 CODE = """
 import resource, sys, threading
 import torch
-from caldpo_ray.allocator import keep_freed_memory
+from caldpo_ray.compute.allocator import keep_freed_memory
 
 def micro_batches(count):
     for _ in range(count):

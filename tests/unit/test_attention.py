@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from caldpo_ray import scoring
-from caldpo_ray.attention import BUCKETS_PER_OCTAVE, DENSE_TOKENS, bucket, dense_mask, packed_attention, packed_mask
+from caldpo_ray.compute.attention import (
+    BUCKETS_PER_OCTAVE,
+    DENSE_TOKENS,
+    bucket,
+    dense_mask,
+    packed_attention,
+    packed_mask,
+)
 from caldpo_ray.logprobs import shared_prefix_mask
 from caldpo_ray.scoring import ResponseScorer, choose_layout, score_rows
 from tests.unit.tiny_models import PAD_ID, random_rows, tiny_model

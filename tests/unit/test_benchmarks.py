@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from caldpo_ray.flops import ForwardCost, forward_cost
+from caldpo_ray.compute.flops import ForwardCost, forward_cost
 from caldpo_ray.logprobs import concatenated_batch
 from tests.benchmarks.inputs import RATIOS, mixed_world_pairs, world_rows
 from tests.benchmarks.report import compare_losses, compare_threads, markdown, summarise, systems_table

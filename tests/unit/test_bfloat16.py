@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from caldpo_ray import bfloat16
-from caldpo_ray.attention import packed_attention, packed_mask
-from caldpo_ray.bfloat16 import LinearInFloat32, multiply_in_float32
+from caldpo_ray.compute import bfloat16
+from caldpo_ray.compute.attention import packed_attention, packed_mask
+from caldpo_ray.compute.bfloat16 import LinearInFloat32, multiply_in_float32
 from caldpo_ray.scoring import ResponseScorer, choose_layout, score_rows
 from tests.unit.test_attention import MIXED, SHORT, dense, random_heads
 from tests.unit.test_scoring import MIXED_K

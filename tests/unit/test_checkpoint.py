@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from caldpo_ray import checkpoint
 from caldpo_ray.errors import DamagedCheckpoint, RunError
-from caldpo_ray.uploads import move_files
+from caldpo_ray.resilience.uploads import move_files
 
 MODEL = f"{checkpoint.TAG}/mp_rank_00_model_states.pt"
 SHARD = f"{checkpoint.TAG}/zero_pp_rank_1_mp_rank_00_optim_states.pt"

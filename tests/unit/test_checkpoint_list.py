@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import pytest
 
-from caldpo_ray.checkpoint_list import (
+from caldpo_ray.config import Config
+from caldpo_ray.errors import NotReady, RunError
+from caldpo_ray.resilience.checkpoint_list import (
     LIST_FILE,
     STATE_FILE,
     improves,
@@ -23,8 +25,6 @@ from caldpo_ray.checkpoint_list import (
     scores,
     seal_name,
 )
-from caldpo_ray.config import Config
-from caldpo_ray.errors import NotReady, RunError
 from caldpo_ray.run_dir import RunDir, truncate_metrics
 
 KEPT = ("step-00000005", "step-00000010", "step-00000015")

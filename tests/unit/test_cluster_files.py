@@ -14,8 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from caldpo_ray.cluster.placement import Node, bundles, data_task, unplaced
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.placement import Node, bundles, data_task, unplaced
 
 REPOSITORY = Path(__file__).parents[2]
 CLUSTER = REPOSITORY / "cluster"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from caldpo_ray.config import load_config
-from caldpo_ray.sweep_dir import SweepDir
-from caldpo_ray.sweep_plan import make_plan
+from caldpo_ray.tuning.sweep_dir import SweepDir
+from caldpo_ray.tuning.sweep_plan import make_plan
 from caldpo_ray.world import create_world, read
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compare_objectives"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from caldpo_ray.comparison import (
+from caldpo_ray.tuning.comparison import (
     Standing,
     best_points,
     bootstrap_interval,

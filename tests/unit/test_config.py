@@ -12,7 +12,7 @@ import yaml
 import caldpo_ray
 from caldpo_ray.config import Config, Section, known_keys, load_config, save_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.options import ALIASES, NOT_ALIASES
+from caldpo_ray.settings.options import ALIASES, NO_ALIAS
 
 BASE = """
 model: {name_or_path: m}
@@ -142,9 +142,9 @@ def test_aliases_mean_their_key(path: Path, alias: str) -> None:
     assert found == values.get(key, 3)
 
 
-@pytest.mark.parametrize("name", NOT_ALIASES)
+@pytest.mark.parametrize("name", NO_ALIAS)
 def test_names_with_another_meaning_are_explained(path: Path, name: str) -> None:
-    assert NOT_ALIASES[name] in complaint(path, f"{name}=1")
+    assert NO_ALIAS[name] in complaint(path, f"{name}=1")
 
 
 def test_identity_leaves_execution_out(path: Path) -> None:

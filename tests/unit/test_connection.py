@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from caldpo_ray.access import OWN_CLUSTER
-from caldpo_ray.connection import _join_or_start
+from caldpo_ray.cluster.access import OWN_CLUSTER
+from caldpo_ray.cluster.connection import _join_or_start
 
 
 def test_a_cluster_has_our_label_only_if_we_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ from caldpo_ray.data import (
     make_row,
 )
 from caldpo_ray.errors import InputError, RunError, raise_told
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.schema import BadRow, Row
-from caldpo_ray.sources import iterate, list_sources
 from tests.unit.tiny_models import byte_tokenizer
 
 GOOD = {"prompt": "q", "chosen": " yes", "rejected": " no"}

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.deepspeed_config import deepspeed_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.plan import plan
+from caldpo_ray.settings.deepspeed_config import deepspeed_config
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_raw_config_may_say_the_same_or_nothing(path: Path) -> None:
 
 def test_a_driver_can_ask_for_it_without_torch(path: Path) -> None:
     code = (
-        "import sys; from caldpo_ray.config import load_config; from caldpo_ray.deepspeed_config import deepspeed_config;"
+        "import sys; from caldpo_ray.config import load_config; from caldpo_ray.settings.deepspeed_config import deepspeed_config;"
         f"deepspeed_config(load_config({str(path)!r}), 2); print({{'torch', 'deepspeed', 'ray'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from caldpo_ray import sampling
 from caldpo_ray.config import Config, save_config
 from caldpo_ray.errors import InputError
 from caldpo_ray.evaluation import Weights, _open, _resolve, evaluate
 from caldpo_ray.export import export, read_model_manifest, write_model_manifest
-from caldpo_ray.held_out import HeldOut, measure, summarise, table, wilson_interval, write_scores
+from caldpo_ray.held_out import sampling
+from caldpo_ray.held_out.held_out_rows import HeldOut, measure, summarise, table, wilson_interval, write_scores
 from caldpo_ray.metrics import merge
 from caldpo_ray.models import ResolvedModel
 from caldpo_ray.objectives import get_objective

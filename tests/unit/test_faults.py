@@ -18,11 +18,11 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
-from caldpo_ray import faults
 from caldpo_ray.config import TrainSection
 from caldpo_ray.errors import Left, OutOfMemory, RunError, raise_told
-from caldpo_ray.faults import leave_out, within_memory
-from caldpo_ray.regroup import Restarts, never_started
+from caldpo_ray.resilience import faults
+from caldpo_ray.resilience.faults import leave_out, within_memory
+from caldpo_ray.resilience.regroup import Restarts, never_started
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import Unreachable
 from tests.unit.tiny_models import random_rows

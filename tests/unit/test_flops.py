@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from caldpo_ray.flops import forward_cost, peak_flops, peak_flops_of_workers
+from caldpo_ray.compute.flops import forward_cost, peak_flops, peak_flops_of_workers
 from caldpo_ray.logprobs import TokenBatch, concatenated_batch, packed_batch, shared_prefix_batch
 from caldpo_ray.scoring import ResponseScorer, choose_layout
 from tests.unit.tiny_models import PAD_ID, random_rows, tiny_model

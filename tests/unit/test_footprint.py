@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from caldpo_ray.compute.footprint import Footprint, _activations_per_token, _saved_bytes, footprint
 from caldpo_ray.config import load_config
-from caldpo_ray.footprint import Footprint, _activations_per_token, _saved_bytes, footprint
 
 LLAMA = LlamaConfig(
     hidden_size=64,

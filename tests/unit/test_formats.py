@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from caldpo_ray.errors import InputError, NotReady
-from caldpo_ray.formats import FORMATS, check_example, get_format, recognise
+from caldpo_ray.reading.formats import FORMATS, check_example, get_format, recognise
 from caldpo_ray.schema import Example
 
 CHECKOUT = Path(__file__).parents[2]

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from caldpo_ray.config import DataSection, known_keys, load_config, save_config
 from caldpo_ray.data import MAX_REASON, make_row
 from caldpo_ray.errors import InputError
-from caldpo_ray.formats import FORMATS
+from caldpo_ray.reading.formats import FORMATS
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.schema import BadRow, Row
-from caldpo_ray.sources import iterate, list_sources
-from caldpo_ray.yaml_text import read_value, read_yaml, write_yaml
+from caldpo_ray.settings.yaml_text import read_value, read_yaml, write_yaml
 from tests.unit.tiny_models import byte_tokenizer
 
 

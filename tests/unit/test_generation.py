@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from caldpo_ray.config import ModelSection, ReferenceSection
 from caldpo_ray.errors import RunError
-from caldpo_ray.generation import (
+from caldpo_ray.held_out.generation import (
     FILE,
     GenerationJob,
     Record,
@@ -22,9 +22,9 @@ from caldpo_ray.generation import (
     end_tokens,
     summarise,
 )
-from caldpo_ray.judging import Judge, open_judge
+from caldpo_ray.held_out.judging import Judge, open_judge
+from caldpo_ray.held_out.sampling import SeededNoise, continue_prompts
 from caldpo_ray.rows import RowCache, write_manifest, write_part
-from caldpo_ray.sampling import SeededNoise, continue_prompts
 from caldpo_ray.schema import Row
 from tests.unit.judges import served
 
@@ -141,7 +141,7 @@ def test_a_judge_that_fails_costs_nothing_that_is_there(folder: Path, tmp_path: 
 
     arguments: Any = (tmp_path, job(), str(folder), np.arange(15))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("caldpo_ray.generation.PROMPTS_PER_QUESTION", 10)
+        patch.setattr("caldpo_ray.held_out.generation.PROMPTS_PER_QUESTION", 10)
         with pytest.raises(RunError, match=r"judge mine: failed; .*generations\.jsonl keeps what is there so far"):
             compare(*arguments, 15, Judge("mine", "1", once))
         kept = (tmp_path / FILE).read_text()

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from caldpo_ray import readers, sources
 from caldpo_ray.errors import InputError
+from caldpo_ray.reading import readers, sources
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import iterate, list_sources
 
 MEGABYTE = 2**20
 
@@ -83,7 +83,7 @@ READ = """
 import json, resource, sys, time
 from caldpo_ray.errors import InputError
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import iterate, list_sources
+from caldpo_ray.reading.sources import iterate, list_sources
 
 def look(path):
     count, reason = 0, None

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from caldpo_ray.config import Config, load_config
-from caldpo_ray.input_stamp import input_stamp
+from caldpo_ray.resilience.input_stamp import input_stamp
 
 
 @pytest.fixture

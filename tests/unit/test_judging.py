@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from caldpo_ray.errors import InputError, NotReady, RunError
-from caldpo_ray.judging import Comparison, _read_verdict, open_judge
+from caldpo_ray.held_out.judging import Comparison, _read_verdict, open_judge
 from caldpo_ray.world import PROMPTS, compare, judge
 from tests.unit.judges import Court, served
 
@@ -16,7 +16,7 @@ TWO = [Comparison("why ?", "because", "so"), Comparison("why ?", "so", "because"
 
 @pytest.fixture
 def court(monkeypatch: pytest.MonkeyPatch) -> Iterator[Court]:
-    monkeypatch.setattr("caldpo_ray.judging.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("caldpo_ray.held_out.judging.LONGEST_PAUSE", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with served() as found:
         yield found

@@ -21,11 +21,11 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from caldpo_ray.cluster.trainer import PolicyTrainer
 from caldpo_ray.errors import DamagedCheckpoint, Diverged, RunError
-from caldpo_ray.interrupts import interrupts_answered, own_signals_kept
-from caldpo_ray.leaving import WORD, Ended, Leave, Listener, Requests, said_by_rank_0
-from caldpo_ray.regroup import AheadOfPreemption, Elastic
-from caldpo_ray.trainer import PolicyTrainer
+from caldpo_ray.resilience.interrupts import interrupts_answered, own_signals_kept
+from caldpo_ray.resilience.leaving import WORD, Ended, Leave, Listener, Requests, said_by_rank_0
+from caldpo_ray.resilience.regroup import AheadOfPreemption, Elastic
 
 MOVE, END = Leave("a node goes"), Leave("Ctrl-C", for_good=True)
 

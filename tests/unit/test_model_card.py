@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from caldpo_ray.config import load_config
-from caldpo_ray.model_card import write_model_card
+from caldpo_ray.reporting.model_card import write_model_card
 
 
 def card(

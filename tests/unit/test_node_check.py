@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from caldpo_ray.cluster.node_check import DRIVER, _may_use, look, require_shared_store
+from caldpo_ray.cluster.placement import Node
 from caldpo_ray.config import load_config
-from caldpo_ray.node_check import DRIVER, _may_use, look, require_shared_store
-from caldpo_ray.placement import Node
 
 OURS = version("caldpo-ray")
 
@@ -39,14 +39,16 @@ def test_a_node_that_may_not_write_says_so(probe: Path, monkeypatch: pytest.Monk
         raise PermissionError(13, "Permission denied")
 
     (probe / DRIVER).touch()
-    monkeypatch.setattr("caldpo_ray.node_check.write_atomically", refuse)
+    monkeypatch.setattr("caldpo_ray.cluster.node_check.write_atomically", refuse)
     assert "cannot use run.output_dir" in (told := look(str(probe), "node", OURS)) and "Permission denied" in told
 
 
 def test_a_store_beside_the_runs_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, asked = tmp_path / "c.yaml", list[tuple[str, Path]]()
     path.write_text("run: {output_dir: /r}\nmodel: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
-    monkeypatch.setattr("caldpo_ray.node_check._ask_nodes", lambda config, key, folder: asked.append((key, folder)))
+    monkeypatch.setattr(
+        "caldpo_ray.cluster.node_check._ask_nodes", lambda config, key, folder: asked.append((key, folder))
+    )
     for store in ("/r/.cache/reference", "null", "/scratch/store", "s3://b/store"):
         require_shared_store(load_config(path, [f"reference.store={store}"]))
     assert [(key, str(folder)) for key, folder in asked] == [

@@ -8,7 +8,12 @@ import pytest
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from caldpo_ray.errors import InputError
-from caldpo_ray.objective_parameters import SCHEMAS, BuiltInParameters, ObjectiveParameters, parse_objective
+from caldpo_ray.settings.objective_parameters import (
+    SCHEMAS,
+    BuiltInParameters,
+    ObjectiveParameters,
+    parse_objective,
+)
 
 REQUIRED = {"f_dpo": {"divergence": "js"}}
 
@@ -205,5 +210,5 @@ def test_formula_shows_the_values_in_force():
 
 
 def test_importing_the_schemas_loads_neither_torch_nor_ray():
-    code = "import sys, caldpo_ray.objective_parameters; print({'torch', 'ray', 'numpy'} & set(sys.modules))"
+    code = "import sys, caldpo_ray.settings.objective_parameters; print({'torch', 'ray', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

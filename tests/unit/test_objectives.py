@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from caldpo_ray.errors import InputError
-from caldpo_ray.objective_parameters import SCHEMAS, parse_objective
 from caldpo_ray.objectives import get_objective
 from caldpo_ray.objectives.registry import FUNCTIONS, vector_names
-from caldpo_ray.user_code import require_objective
+from caldpo_ray.settings.objective_parameters import SCHEMAS, parse_objective
+from caldpo_ray.settings.user_code import require_objective
 
 HERE = Path(__file__).parent
 GOLDEN_FILE = HERE.parent / "golden" / "objectives.json"
@@ -568,8 +568,8 @@ def test_own_function_that_cannot_be_used_is_explained(name, parameters, says):
 def test_checking_a_built_in_objective_loads_no_torch_and_a_good_one_of_the_users_passes():
     require_objective(parse_objective({"name": "own_losses:hinge", "beta": 0.1}))
     code = (
-        "import sys; from caldpo_ray.objective_parameters import parse_objective as parse;"
-        "from caldpo_ray.user_code import require_objective; require_objective(parse({'name': 'dpo'}));"
+        "import sys; from caldpo_ray.settings.objective_parameters import parse_objective as parse;"
+        "from caldpo_ray.settings.user_code import require_objective; require_objective(parse({'name': 'dpo'}));"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

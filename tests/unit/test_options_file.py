@@ -12,10 +12,10 @@ from pydantic.fields import FieldInfo
 
 import caldpo_ray
 from caldpo_ray.config import Config, LoraSection, Section, known_keys, load_config
-from caldpo_ray.dotted import flatten
-from caldpo_ray.objective_parameters import SCHEMAS, CustomObjective
-from caldpo_ray.options import types_in
-from caldpo_ray.yaml_text import read_yaml
+from caldpo_ray.settings.dotted import flatten
+from caldpo_ray.settings.objective_parameters import SCHEMAS, CustomObjective
+from caldpo_ray.settings.options import types_in
+from caldpo_ray.settings.yaml_text import read_yaml
 
 FILE = Path(caldpo_ray.__file__).parent.parent / "examples" / "options.yaml"
 REQUIRED = """\

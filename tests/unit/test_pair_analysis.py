@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from caldpo_ray.held_out import HeldOut, describe, wilson_interval
+from caldpo_ray.held_out.held_out_rows import HeldOut, describe, wilson_interval
+from caldpo_ray.held_out.pair_analysis import PairTable, analyse, audit, count_findings, pair_table
 from caldpo_ray.objectives import get_objective
-from caldpo_ray.pair_analysis import PairTable, analyse, audit, count_findings, pair_table
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from caldpo_ray.cli import main
+from caldpo_ray.cluster.paper import UTILISATION, one_step, paper_lines
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError
-from caldpo_ray.paper import UTILISATION, one_step, paper_lines
 from caldpo_ray.schema import Row
 
 HIDDEN, INNER, LAYERS, VOCAB = 256, 512, 4, 1000

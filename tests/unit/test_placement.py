@@ -4,11 +4,8 @@ from typing import Any
 
 import pytest
 
-from caldpo_ray.access import OWN_CLUSTER
-from caldpo_ray.config import load_config
-from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
-from caldpo_ray.loggers import require_installed
-from caldpo_ray.placement import (
+from caldpo_ray.cluster.access import OWN_CLUSTER
+from caldpo_ray.cluster.placement import (
     Bundle,
     Node,
     assign,
@@ -19,6 +16,9 @@ from caldpo_ray.placement import (
     room_kept,
     unplaced,
 )
+from caldpo_ray.config import load_config
+from caldpo_ray.errors import InputError, NotReady, RunError, raise_told, tell
+from caldpo_ray.reporting.loggers import require_installed
 
 CPU_NODE = Node("a", {"CPU": 2.0}, {})
 GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
@@ -28,7 +28,7 @@ GPU_NODE = Node("b", {"CPU": 8.0, "GPU": 2.0}, {"caldpo.io/role": "policy"})
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[Bundle]]:
     """What an autoscaler is asked for, which needs a cluster to be asked."""
     calls: list[list[Bundle]] = []
-    monkeypatch.setattr("caldpo_ray.placement.ask_autoscaler", lambda wanted: calls.append(list(wanted)))
+    monkeypatch.setattr("caldpo_ray.cluster.placement.ask_autoscaler", lambda wanted: calls.append(list(wanted)))
     return calls
 
 
@@ -41,7 +41,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.extend(node.name for node in nodes)
         return names.clear
 
-    monkeypatch.setattr("caldpo_ray.placement.keep", keep)
+    monkeypatch.setattr("caldpo_ray.cluster.placement.keep", keep)
     return names
 
 
@@ -82,7 +82,7 @@ def test_what_fits_where(wanted: list[Bundle], fits: bool) -> None:
 def test_a_cluster_that_is_too_small_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [CPU_NODE])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: [CPU_NODE])
     short = "train.placement_timeout_seconds=0.01"
     with pytest.raises(
         InputError, match=r"policy worker \(1 wanted\) needs 0.5 CPU, 1 GPU.*a: 2 CPU, 0 GPU.*train.use_gpu"
@@ -104,8 +104,8 @@ def test_who_waits_for_nodes_asks_for_them_and_then_for_nothing(
         "model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\nreference: {label_selector: {zone: x}}"
     )
     found = iter([[CPU_NODE], [CPU_NODE], [CPU_NODE, Node("c", {"CPU": 1.0}, {"zone": "x"})]])
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: next(found))
-    monkeypatch.setattr("caldpo_ray.placement.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.cluster.placement.POLL_SECONDS", 0.001)
     assert require_placeable(load_config(path), True)
     *waiting, nothing = asked
     assert len(waiting) == 2 and nothing == []
@@ -124,10 +124,12 @@ def test_nodes_are_kept_before_the_request_for_them_ends_and_until_the_body_does
     )
     small, spare = Node("c", {"CPU": 1.0}, {"zone": "x"}), Node("d", {"CPU": 9.0}, {})
     found = iter([[CPU_NODE], [CPU_NODE, small, spare]])
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: next(found))
-    monkeypatch.setattr("caldpo_ray.placement.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.cluster.placement.POLL_SECONDS", 0.001)
     seen: list[tuple[int, set[str]]] = []
-    monkeypatch.setattr("caldpo_ray.placement.ask_autoscaler", lambda wanted: seen.append((len(wanted), set(kept))))
+    monkeypatch.setattr(
+        "caldpo_ray.cluster.placement.ask_autoscaler", lambda wanted: seen.append((len(wanted), set(kept)))
+    )
     with pytest.raises(KeyboardInterrupt), room_kept(load_config(path), True) as side_by_side:
         assert side_by_side and set(kept) == {"a", "c"}, "and not the one that is not needed"
         raise KeyboardInterrupt
@@ -158,8 +160,8 @@ def test_a_node_for_data_tasks_is_asked_for_where_none_comes_by_itself(
     config = load_config(path, options)
     later = [Node(zone, {"CPU": 2.0}, {"zone": zone}) for zone in "dx"]
     found = iter([[Node("head", {"CPU": 0.0}, {})], later])
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: next(found))
-    monkeypatch.setattr("caldpo_ray.placement.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.cluster.placement.POLL_SECONDS", 0.001)
     require_placeable(config, False)
     assert [[each.role for each in wanted] for wanted in asked] == [asked_for, []]
 
@@ -197,15 +199,15 @@ def test_the_gpus_of_an_actor_are_on_one_node(tmp_path: Path, monkeypatch: pytes
     )
     small, large = ({"CPU": 8.0, "GPU": num_gpus} for num_gpus in (2.0, 4.0))
     nodes = [Node(name, resources, {}) for name, resources in (("a", small), ("b", small), ("c", small), ("d", large))]
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[:3])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: nodes[:3])
     with pytest.raises(
         NotReady, match=r"reference actor .*needs 0\.5 CPU, 4 GPU on one node .*a: 8 CPU, 2 GPU.*c: 8 CPU, 2"
     ):
         require_placeable(config, True)
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[2:])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: nodes[2:])
     with pytest.raises(NotReady, match="beside the policy workers"):
         require_placeable(config, True)  # 2 + 4 GPUs for 3 workers and the actor
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: nodes[1:])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: nodes[1:])
     assert require_placeable(config, True) is True
 
 
@@ -214,7 +216,7 @@ def test_workers_that_come_and_go_leave_room_for_the_reference(tmp_path: Path, m
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {num_workers: [2, 8]}")
     config = load_config(path)
     assert len(bundles(config, True)[0]) == 2, "more of them need not be there for a run to begin"
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda but: [CPU_NODE] * (2 - len(but)))
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda but: [CPU_NODE] * (2 - len(but)))
     assert room_for_workers(config, False, frozenset()) == 8
     assert room_for_workers(config, True, frozenset()) == 7
     assert room_for_workers(config, True, frozenset({"one of them"})) == 3
@@ -225,7 +227,7 @@ def test_data_tasks_need_a_place_before_the_others_not_beside_them(
 ) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}")
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [CPU_NODE])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: [CPU_NODE])
     full = ["train.num_cpus_per_worker=1.5", "train.placement_timeout_seconds=0.01"]
     assert require_placeable(load_config(path, full), True) is True
     nowhere = load_config(path, [*full, "data.label_selector={zone: x}"])
@@ -237,7 +239,7 @@ def test_data_tasks_need_a_place_before_the_others_not_beside_them(
 def test_a_reference_alone_needs_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {use_gpu: true}")
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [CPU_NODE])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: [CPU_NODE])
     config = load_config(path, ["reference.num_cpus_per_actor=2", "train.placement_timeout_seconds=0.01"])
     assert require_placeable(config, True, needs_workers=False) is True
     with pytest.raises(NotReady, match="policy worker"):
@@ -268,7 +270,7 @@ def test_a_cluster_of_our_own_is_not_waited_for(
     path.write_text("model: {name_or_path: m}\ndata: {train: d}\nobjective: {name: dpo}\ntrain: {use_gpu: true}")
     config = load_config(path)
     laptop = Node("a", {"CPU": 2.0}, {"ray.io/node-id": "x", **OWN_CLUSTER})
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda: [laptop])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda: [laptop])
     with pytest.raises(NotReady, match=r"a: 2 CPU, 0 GPU, labels {}\); change train.*or set RAY_ADDRESS"):
         require_placeable(config, True)  # its default is to wait for two minutes
     assert "waiting" not in capsys.readouterr().out
@@ -279,7 +281,7 @@ def test_a_cluster_of_our_own_is_not_waited_for(
 def test_nodes_that_may_go_are_watched_however_the_cluster_was_joined(
     labels: dict[str, str], watched: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from caldpo_ray.trainer import _controller_variables
+    from caldpo_ray.cluster.trainer import _controller_variables
 
     monkeypatch.setattr("ray.nodes", lambda: [{"Labels": labels}])
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)

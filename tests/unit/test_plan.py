@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from caldpo_ray.cli import main
+from caldpo_ray.cluster.placement import Bundle, Node, assign
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady
-from caldpo_ray.placement import Bundle, Node, assign
 from caldpo_ray.plan import (
     _count_trials,
     _known_logps,
@@ -22,7 +22,7 @@ from caldpo_ray.plan import (
     plan,
     sample_rows,
 )
-from caldpo_ray.progress import describe_bytes
+from caldpo_ray.reporting.progress import describe_bytes
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from caldpo_ray.cli import main
-from caldpo_ray.preview import SHOWN_AT_EACH_END, preview
+from caldpo_ray.reading.preview import SHOWN_AT_EACH_END, preview
 from caldpo_ray.schema import Example, Row
 from caldpo_ray.tokenization import row_id, tokenise
 from tests.unit.tiny_models import byte_tokenizer

@@ -1,4 +1,4 @@
-from caldpo_ray.progress import Place, describe_places
+from caldpo_ray.reporting.progress import Place, describe_places
 
 
 def test_places_are_told_by_role_and_node() -> None:

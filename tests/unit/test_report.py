@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.figure import Figure
 
-from caldpo_ray import drawing
 from caldpo_ray.cli import main
 from caldpo_ray.errors import InputError
 from caldpo_ray.report import report
-from caldpo_ray.report_page import Interval, show
+from caldpo_ray.reporting import drawing
+from caldpo_ray.reporting.report_page import Interval, show
+from caldpo_ray.reporting.sweep_figures import BETA, SweepFacts, Trial, bootstrap_interval, draw_sweep
 from caldpo_ray.storage import open_path
-from caldpo_ray.sweep_figures import BETA, SweepFacts, Trial, bootstrap_interval, draw_sweep
 from tests.unit.report_folders import full_evaluation, write_run, write_sweep
 
 VOID = {"meta", "link", "img", "wbr", "br"}

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from caldpo_ray import resharding
 from caldpo_ray.errors import RunError
+from caldpo_ray.resilience import resharding
 from tests.unit.tiny_models import tiny_model
 
 LORA = ("model.lora.r=4", "model.lora.target_modules=[q_proj,down_proj]")

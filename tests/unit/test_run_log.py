@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from caldpo_ray.run_log import RunLog
+from caldpo_ray.reporting.run_log import RunLog
 
 
 def test_every_line_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,8 @@ from caldpo_ray.errors import InputError, NotReady, RunError, last_line
 from caldpo_ray.evaluation import evaluate
 from caldpo_ray.models import load_model, resolve_model
 from caldpo_ray.plan import sample_rows
+from caldpo_ray.reading.sources import list_sources
 from caldpo_ray.redaction import require_no_secret, without_secrets
-from caldpo_ray.sources import list_sources
 from caldpo_ray.storage import open_path
 from tests.unit.tiny_models import byte_tokenizer, tiny_model
 
@@ -214,7 +214,7 @@ def test_no_message_of_ours_tells_a_secret(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_a_file_holds_does_not_steer_the_terminal(tmp_path: Path) -> None:
     from caldpo_ray.config import DataSection
     from caldpo_ray.data import make_row
-    from caldpo_ray.preview import preview
+    from caldpo_ray.reading.preview import preview
 
     steering = "\x1b]0;title\x07\x9b2J\r"
     tokenizer = byte_tokenizer()

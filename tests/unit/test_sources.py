@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from caldpo_ray import readers
 from caldpo_ray.errors import InputError
+from caldpo_ray.reading import readers
+from caldpo_ray.reading.sources import SourceFile, iterate, list_sources
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import SourceFile, iterate, list_sources
 
 DATA = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data"
 

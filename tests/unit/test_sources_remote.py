@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from caldpo_ray import sources
 from caldpo_ray.errors import InputError, RunError
+from caldpo_ray.reading import sources
+from caldpo_ray.reading.sources import SourceFile, iterate, list_sources
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import SourceFile, iterate, list_sources
 
 RECORDS = [{"prompt": f"p{i} 好", "chosen": "a" * i, "rejected": "b"} for i in range(50)]
 SECRET = "a-secret-that-nobody-tells"
@@ -328,7 +328,7 @@ ASK = """
 import json, sys
 from caldpo_ray.errors import InputError, RunError
 from caldpo_ray.schema import BadRow
-from caldpo_ray.sources import SourceFile, iterate, list_sources
+from caldpo_ray.reading.sources import SourceFile, iterate, list_sources
 
 def answer(spec):
     try:

@@ -21,9 +21,9 @@ import pytest
 from caldpo_ray import storage
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import InputError, NotReady, RunError
+from caldpo_ray.reading.sources import iterate, list_sources
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.run_dir import append_metrics, finish_metrics, read_metrics, require_writable, truncate_metrics
-from caldpo_ray.sources import iterate, list_sources
 from caldpo_ray.storage import (
     Unreachable,
     file_facts,

@@ -9,9 +9,9 @@ import pytest
 
 from caldpo_ray.config import load_config
 from caldpo_ray.errors import RunError
-from caldpo_ray.sweep_dir import ReferenceCost, SweepDir, Trial
-from caldpo_ray.sweep_plan import Plan
-from caldpo_ray.sweep_results import conclude
+from caldpo_ray.tuning.sweep_dir import ReferenceCost, SweepDir, Trial
+from caldpo_ray.tuning.sweep_plan import Plan
+from caldpo_ray.tuning.sweep_results import conclude
 from tests.unit.test_sweep_space import TWO, plan
 
 WAITS = {"wait/reference_seconds": 0.25, "wait/feed_seconds": 0.5}

@@ -9,10 +9,10 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from caldpo_ray.errors import InputError
-from caldpo_ray.search_space import Point, contestants
-from caldpo_ray.sweep_dir import SweepDir, Trial
-from caldpo_ray.sweep_options import StopSection, broken_rule
-from caldpo_ray.sweep_search import Listed, Tpe, Turns, make_scheduler
+from caldpo_ray.settings.sweep_options import StopSection, broken_rule
+from caldpo_ray.tuning.search_space import Point, contestants
+from caldpo_ray.tuning.sweep_dir import SweepDir, Trial
+from caldpo_ray.tuning.sweep_search import Listed, Tpe, Turns, make_scheduler
 from tests.unit.test_sweep_space import TWO, config, plan
 
 

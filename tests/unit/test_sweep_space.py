@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import yaml
 
+from caldpo_ray.cluster.placement import OWN_CLUSTER, Bundle, Node
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.errors import InputError, NotReady
-from caldpo_ray.placement import OWN_CLUSTER, Bundle, Node
 from caldpo_ray.run_dir import open_run_dir
-from caldpo_ray.search_space import contestants, listed_points, point_name, seeds
-from caldpo_ray.sweep_dir import SweepDir, Trial, open_sweep_dir
-from caldpo_ray.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
-from caldpo_ray.sweep_trial import trial_config
 from caldpo_ray.sweeps import _describe_contestant
+from caldpo_ray.tuning.search_space import contestants, listed_points, point_name, seeds
+from caldpo_ray.tuning.sweep_dir import SweepDir, Trial, open_sweep_dir
+from caldpo_ray.tuning.sweep_plan import Plan, make_plan, num_at_once, num_threads, require_room
+from caldpo_ray.tuning.sweep_trial import trial_config
 
 
 def config(tmp_path: Path, sweep: dict[str, Any], **sections: dict[str, Any]) -> Config:
@@ -201,10 +201,10 @@ OWN = Node("b", {"CPU": 2.0}, OWN_CLUSTER)
 def test_a_number_of_trials_is_kept_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, half a core per worker will do. Nobody waits for nodes of a cluster that cannot grow."""
     read = config(tmp_path, {**TWO, "max_concurrent": 20}, train={"num_workers": 1})
-    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: NODES)
+    monkeypatch.setattr("caldpo_ray.tuning.sweep_plan.live_nodes", lambda: NODES)
     require_room(read)
     assert num_at_once(read, NODES, 3) == 20
-    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: [OWN])
+    monkeypatch.setattr("caldpo_ray.tuning.sweep_plan.live_nodes", lambda: [OWN])
     with pytest.raises(NotReady, match=r"sweep\.max_concurrent = 20: the cluster has room for 4 trials of 1 workers"):
         require_room(read)
 
@@ -216,15 +216,15 @@ def test_trials_for_which_nodes_must_come_ask_for_them_and_then_for_nothing(
     read = config(tmp_path, {**TWO, "max_concurrent": 3}, train=train)
     head, pod = Node("head", {"CPU": 2.0}, {}), Node("pod", {"CPU": 8.0, "GPU": 2.0}, {"zone": "x"})
     found, asked = iter([[head, *[pod] * count] for count in range(4)]), list[list[Bundle]]()
-    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: next(found))
-    monkeypatch.setattr("caldpo_ray.sweep_plan.ask_autoscaler", lambda wanted: asked.append(list(wanted)))
-    monkeypatch.setattr("caldpo_ray.sweep_plan.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("caldpo_ray.tuning.sweep_plan.live_nodes", lambda: next(found))
+    monkeypatch.setattr("caldpo_ray.tuning.sweep_plan.ask_autoscaler", lambda wanted: asked.append(list(wanted)))
+    monkeypatch.setattr("caldpo_ray.tuning.sweep_plan.POLL_SECONDS", 0.001)
     require_room(read)
     *waiting, nothing = asked
     assert len(waiting) == 3 and nothing == []
     for wanted in waiting:
         assert [(each.resources["GPU"], each.labels) for each in wanted] == [(1.0, {"zone": "x"})] * 6
-    monkeypatch.setattr("caldpo_ray.sweep_plan.live_nodes", lambda: [head, pod])
+    monkeypatch.setattr("caldpo_ray.tuning.sweep_plan.live_nodes", lambda: [head, pod])
     in_vain = config(tmp_path, {**TWO, "max_concurrent": 3}, train={**train, "placement_timeout_seconds": 0.01})
     with pytest.raises(NotReady, match="the cluster has room for 1 trials of 2 workers"):
         require_room(in_vain)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from caldpo_ray import timing
+from caldpo_ray.cluster import timing
+from caldpo_ray.cluster.timing import Cost, Speed, TrialJob, _try, actors_needed, run_cost
 from caldpo_ray.config import Config, load_config
 from caldpo_ray.plan import sample_rows
-from caldpo_ray.timing import Cost, Speed, TrialJob, _try, actors_needed, run_cost
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from caldpo_ray.errors import InputError
-from caldpo_ray.formats import FORMATS
+from caldpo_ray.reading.formats import FORMATS
 from caldpo_ray.schema import Example
 from caldpo_ray.tokenization import characters_per_token, check_tokenizer, response_digest, row_id, tokenise
 

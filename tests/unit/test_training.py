@@ -10,11 +10,11 @@ import wandb
 
 from caldpo_ray import training
 from caldpo_ray.batching import Schedule
+from caldpo_ray.compute.optimizers import learning_rate, make_optimizer
 from caldpo_ray.config import Config, TrainSection
 from caldpo_ray.errors import DamagedCheckpoint, InputError, NotReady, RunError
-from caldpo_ray.leaving import Ended
-from caldpo_ray.loggers import open_loggers, require_installed, scalars
-from caldpo_ray.optimizers import learning_rate, make_optimizer
+from caldpo_ray.reporting.loggers import open_loggers, require_installed, scalars
+from caldpo_ray.resilience.leaving import Ended
 from caldpo_ray.training import PolicyWorker, train_loop_per_worker
 
 
@@ -154,7 +154,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_logger_that_is_not_installed_is_named_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caldpo_ray.loggers.find_spec", {"tensorboard": object()}.get)
+    monkeypatch.setattr("caldpo_ray.reporting.loggers.find_spec", {"tensorboard": object()}.get)
     with pytest.raises(NotReady, match=r"mlflow is not installed; pip install 'caldpo-ray\[mlflow\]'"):
         require_installed(["tensorboard", "mlflow"], "runs/a")
 

@@ -3,13 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from caldpo_ray.cluster.placement import Node, needs_actors
+from caldpo_ray.cluster.unscored import num_unknown, sure_to_score
 from caldpo_ray.config import Config, ModelSection, load_config
-from caldpo_ray.placement import Node, needs_actors
 from caldpo_ray.reference import ReferenceJob
 from caldpo_ray.rows import RowCache, write_manifest, write_part
 from caldpo_ray.schema import Row
 from caldpo_ray.store import ReferenceStore
-from caldpo_ray.unscored import num_unknown, sure_to_score
 
 NUM_ROWS = 12
 
@@ -75,8 +75,8 @@ def test_a_full_store_needs_no_place_for_the_reference(
         looks.append(num_unknown(config, folders, store))
         return looks[-1] > 0
 
-    monkeypatch.setattr("caldpo_ray.placement.has_unknown_rows", look)  # in a task, which needs a cluster
-    monkeypatch.setattr("caldpo_ray.placement.live_nodes", lambda but: [Node("a", {"CPU": 2.0}, {})])
+    monkeypatch.setattr("caldpo_ray.cluster.placement.has_unknown_rows", look)  # in a task, which needs a cluster
+    monkeypatch.setattr("caldpo_ray.cluster.placement.live_nodes", lambda but: [Node("a", {"CPU": 2.0}, {})])
 
     def needed(*overrides: str, without_store: bool = False) -> bool:
         config = scoring_config(tmp_path, *overrides)

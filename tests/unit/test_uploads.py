@@ -14,9 +14,9 @@ from torch import nn
 
 from caldpo_ray.checkpoint import _copy_of_state_dict
 from caldpo_ray.errors import RunError
+from caldpo_ray.resilience.uploads import Cadence, Uploads, move_files, on_one_file_system, writing
 from caldpo_ray.run_dir import RunDir
 from caldpo_ray.storage import is_complete, open_path
-from caldpo_ray.uploads import Cadence, Uploads, move_files, on_one_file_system, writing
 from tests.unit.test_sources_remote import s3
 
 __all__ = ["s3"]  # the fixture

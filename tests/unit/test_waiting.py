@@ -5,7 +5,7 @@ import pytest
 from ray.exceptions import GetTimeoutError
 
 from caldpo_ray.errors import RunError
-from caldpo_ray.waiting import Watchdog, each_within, overdue, wait_for
+from caldpo_ray.resilience.waiting import Watchdog, each_within, overdue, wait_for
 
 
 def test_a_thread_that_stands_still_is_told_once_with_its_place_and_stacks() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from caldpo_ray.errors import InputError
-from caldpo_ray.yaml_text import read_yaml, write_yaml
+from caldpo_ray.settings.yaml_text import read_yaml, write_yaml
 
 ODD = [
     "1e5",

@@ -1,0 +1,1 @@
+"""What held-out rows say, beyond what training measures on its way."""

@@ -1,0 +1,1 @@
+"""What a config is made of: text, names, rules, and the options that are their own subject."""
