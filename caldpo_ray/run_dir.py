@@ -131,8 +131,8 @@ class RunDir:
         return number
 
     def require_held(self) -> None:
-        """Asked before everything that an attempt writes. Raises RunError where a newer one has taken the directory over, and
-        Replaced in a worker whose group another one of the same attempt has replaced.
+        """Return if this attempt may still write: asked before everything that it writes. Raises RunError once a newer attempt has
+        taken the directory over, and in a worker Replaced once a newer group of its own attempt has begun.
 
         What is being written at that moment is written; the newer attempt reads and writes nothing but its claim for seconds.
         """
