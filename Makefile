@@ -62,7 +62,7 @@ workers: install
 
 # `make chaos CHAOS="--kills 200 --seed 1"`
 chaos: install
-	@echo "Chaos: seeded random kills over short runs, each compared with one that nobody disturbed (200 kills: hours on a busy machine)"
+	@echo "Chaos: seeded random kills over short runs, each compared with one that nobody disturbed (200 kills: three quarters of an hour on two cores)"
 	@$(BIN)/python -m tests.chaos.kills $(CHAOS)
 
 # `make soak SOAK="--rows 100000"`
