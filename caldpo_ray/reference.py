@@ -152,6 +152,8 @@ class _Writer:
     last_flush: float = field(default_factory=time.monotonic)
 
     def add(self, numbers: Indices, logps: Floats) -> None:
+        if not len(numbers):  # of probes
+            return
         self.pending.append((numbers, logps))
         count = sum(len(part) for part, _ in self.pending)
         if count >= FLUSH_RESPONSES or time.monotonic() - self.last_flush > FLUSH_SECONDS:

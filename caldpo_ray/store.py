@@ -85,7 +85,8 @@ class ReferenceStore:
         words = _words(digests)
         order = np.lexsort((words[:, 1], words[:, 0]))
         digests, logps = digests[order], table["logp"].to_numpy()[order]
-        first = np.concatenate([[True], digests[1:] != digests[:-1]])
+        first = np.ones(len(digests), bool)
+        first[1:] = digests[1:] != digests[:-1]
         return digests[first], logps[first].astype(np.float32, copy=False)
 
     def append(

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,7 +49,7 @@ def test_progress_is_told_with_speed_and_idle_share() -> None:
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100, derandomize=True, database=None)
 @given(data=st.data())
 def test_whoever_scores_again_runs_the_same_rows_together(data: st.DataObject) -> None:
     """However often scoring is cut off, from whatever row it goes on: the bits of a log-prob depend on what runs beside it."""
@@ -65,6 +66,7 @@ def test_whoever_scores_again_runs_the_same_rows_together(data: st.DataObject) -
             needed = np.roll(order, -data.draw(st.integers(0, len(order))))[: data.draw(st.integers(1, len(order)))]
             scored(folder, order, store, needed, data.draw(st.integers(0, 6), "answers before that"))
         assert scored(folder, order, store) == calm
+        assert all(pq.read_metadata(part).num_rows for part in store.folder.glob("part-*"))
         assert scored(folder, order, None, np.roll(order, -data.draw(st.integers(0, len(order))))) == calm
 
 

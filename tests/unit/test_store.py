@@ -47,6 +47,13 @@ def test_what_was_appended_is_joined_by_content_whatever_the_order(store: Refere
     assert np.isnan(found[5000:]).all()
 
 
+def test_a_part_without_entries_hides_nothing(store: ReferenceStore) -> None:
+    entries(store)
+    assert [len(column) for column in store.load()] == [0, 0]
+    entries(store, 3)
+    assert join(digests(3, 4), *store.load()).tolist() == pytest.approx([-3, np.nan], nan_ok=True)
+
+
 def test_parts_remember_what_they_cost(store: ReferenceStore) -> None:
     """Parts of an older version say nothing, and count for nothing."""
     entries(store, 1, 2, 3)
