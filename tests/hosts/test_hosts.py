@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import distribution
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -198,8 +198,10 @@ def test_a_run_outlives_a_host_that_is_cut_off(network: Network, world: Path, tm
 
 def package_folders() -> set[Path]:
     """Where a node would find the package: in this checkout, and in the one that was installed, if that is another."""
-    installed = json.loads(distribution("caldpo-ray").read_text("direct_url.json") or "{}")["url"]
-    return {folder / "caldpo_ray" for folder in (REPOSITORY, Path(installed.removeprefix("file://")))}
+    # A checkout that was installed from is found as a distribution of its own, which does not say where it lies.
+    told = [each.read_text("direct_url.json") for each in distributions(name="caldpo-ray")]
+    installed = [Path(json.loads(text)["url"].removeprefix("file://")) for text in told if text]
+    return {folder / "caldpo_ray" for folder in (REPOSITORY, *installed)}
 
 
 def test_a_host_with_other_storage_or_without_the_package_is_named(network: Network, tmp_path: Path) -> None:
