@@ -405,6 +405,7 @@ class Feed:
             import ray  # in the actor; the driver, which makes it, starts Ray when it must
 
             me = ray.get_runtime_context().current_actor
+            # Requests are cut as for the whole run, wherever it goes on: rows keep their neighbours, log-probs their last bits.
             whole, needed = self._reference_order(0), self._reference_order(self._first_step)
             for numbers, logps in reference_logps(
                 self._job, self._folders, whole, self._progress.reference, me, needed

@@ -1,6 +1,6 @@
 """The frozen reference model: a pool of Ray Data actors that serve log-probs, joined through the store.
 
-`reference_logps` yields what the store knows first and then what the pool scores, in the order asked for, and remembers
+`reference_logps` yields what the store knows first and then what the pool scores, in the order of need, and remembers
 every new value. The reference never sees policy weights and training never holds the reference model.
 """
 
@@ -152,7 +152,7 @@ class _Writer:
     last_flush: float = field(default_factory=time.monotonic)
 
     def add(self, numbers: Indices, logps: Floats) -> None:
-        if not len(numbers):  # of probes
+        if not len(numbers):  # probes bring nothing new
             return
         self.pending.append((numbers, logps))
         count = sum(len(part) for part, _ in self.pending)
@@ -268,23 +268,22 @@ def _cut_requests(rows: RowCache, distinct: Distinct, order: Indices, wanted: In
     numbers = distinct.of_response[flat]
     unknown = np.flatnonzero(np.isnan(known[numbers]))
     new, first = np.unique(numbers[unknown], return_index=True)
-    first = unknown[first]
+    met = unknown[first]  # where in `flat` each of them comes first: there it is scored
     scored_as = np.full(len(known), -1, np.int64)
-    scored_as[new] = flat[first]
-    places = np.repeat(np.arange(len(order)), rows.response_counts()[order])[first]
-    asked = np.zeros(len(order), bool)
-    asked[places] = True
-    request = np.full(len(known), -1, np.int64)
-    request[new] = ((np.cumsum(asked) - 1) // ROWS_PER_REQUEST)[places]
-    in_turn, first = np.unique(request[wanted[np.isnan(known[wanted])]], return_index=True)
-    assert (in_turn >= 0).all(), "a row is needed that `order` lacks"
-    missing, probes = order[asked], order[~asked][:NUM_PROBES]
-    requests = [
-        missing[number * ROWS_PER_REQUEST : (number + 1) * ROWS_PER_REQUEST] for number in in_turn[np.argsort(first)]
-    ]
+    scored_as[new] = flat[met]
+    row_places = np.repeat(np.arange(len(order)), rows.response_counts()[order])[met]
+    in_request = np.zeros(len(order), bool)
+    in_request[row_places] = True
+    request_of = np.full(len(known), -1, np.int64)
+    request_of[new] = ((np.cumsum(in_request) - 1) // ROWS_PER_REQUEST)[row_places]
+    asked, turn = np.unique(request_of[wanted[np.isnan(known[wanted])]], return_index=True)
+    assert (asked >= 0).all(), "a row is needed that `order` lacks"
+    missing, probes = order[in_request], order[~in_request][:NUM_PROBES]
+    starts = ROWS_PER_REQUEST * asked[np.argsort(turn)]
+    requests = [missing[start : start + ROWS_PER_REQUEST] for start in starts]
     if requests and len(probes):
         requests.insert(0, probes)
-    return _Cut(requests, scored_as, int(np.isin(request[new], in_turn).sum()))
+    return _Cut(requests, scored_as, int(np.isin(request_of[new], asked).sum()))
 
 
 def _check_answers(

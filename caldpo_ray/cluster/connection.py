@@ -12,7 +12,7 @@ from caldpo_ray.resilience.interrupts import own_signals_kept
 
 # In Ray's table of jobs, of every driver of ours: what others keep is not ours to remove.
 DRIVER_MARK = {"caldpo_ray": "driver"}
-GCS_SECONDS = 60
+GCS_SECONDS = 60.0  # for Ray's table of jobs
 
 
 def connect(verbose: bool) -> None:
